@@ -1,0 +1,3 @@
+from stackwise.config.base import ArchitectureConfig, ModelConfig, StackWiseConfig
+
+__all__ = ["ArchitectureConfig", "ModelConfig", "StackWiseConfig"]

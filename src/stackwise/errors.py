@@ -1,0 +1,17 @@
+"""Errors that end a command with one line instead of a traceback."""
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message is one line. Commands exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A config key, value or combination is wrong."""
+
+
+class RunError(RuntimeError):
+    """Something failed while running; the message is one line. Commands exit with code 1."""
+
+
+class StoppedBySignal(RuntimeError):
+    """A signal stopped the run after a resumable checkpoint was saved. Commands exit with code 3."""
