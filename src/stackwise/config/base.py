@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +13,15 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from stackwise.config import yaml_io
-from stackwise.config.legacy import load_legacy
-from stackwise.config.messages import explain, section_of, unknown_key
+from stackwise.config.legacy import OLD_KEYS, load_legacy
+from stackwise.config.messages import explain, section_of, takes_text, unknown_key
 from stackwise.config.schema import ArchitectureConfig, ModelConfig, StackWiseConfigFields
 from stackwise.errors import ConfigError
 
 __all__ = ["ArchitectureConfig", "ModelConfig", "StackWiseConfig"]
+
+_YAML_VALUE = re.compile(r"['\"\[]|(~|null)?$")
+_NOT_A_MAPPING = "a config is a mapping with the sections model, training and data"
 
 
 class StackWiseConfig(StackWiseConfigFields):
@@ -31,7 +36,7 @@ class StackWiseConfig(StackWiseConfigFields):
         if data is None:
             data = {}
         if not isinstance(data, dict):
-            raise ConfigError(f"a config is a mapping of model, training and data, not {type(data).__name__}")
+            raise ConfigError(f"{_NOT_A_MAPPING}, not {type(data).__name__}")
         try:
             return cls.model_validate(load_legacy(data))
         except ValidationError as error:
@@ -45,13 +50,17 @@ class StackWiseConfig(StackWiseConfigFields):
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such config file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not a config: the file is not UTF-8 text") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read as a config: {error.strerror or error}") from None
         data = yaml_io.parse(text, str(path))
-        if data is not None and not isinstance(data, dict):
-            raise ConfigError(f"{path}: a config is a mapping of model, training and data, not a {type(data).__name__}")
+        data = {} if data is None else data
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: {_NOT_A_MAPPING}, not {type(data).__name__}")
+        data = apply_overrides(data, overrides)
         try:
-            return cls.from_dict(apply_overrides(data or {}, overrides))
+            return cls.from_dict(data)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -81,21 +90,36 @@ class StackWiseConfig(StackWiseConfigFields):
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """``data`` with each ``key.path=value`` set; the path must name a known key or section."""
-    data = json.loads(json.dumps(data)) if data else {}
+    """``data`` with each ``key.path=value`` set; the path must name a known key or section.
+
+    Values are YAML, except that a key that takes text takes it as written (``data.path=*.txt``) unless it is quoted,
+    bracketed or null. Setting one of several alternatives, such as the budgets, clears the others.
+    """
+    data = copy.deepcopy(data)
+    chosen: set[str] = set()
     for item in overrides:
-        key, equals, text = item.partition("=")
-        path = tuple(key.strip().split("."))
+        key, equals, text = (part.strip() for part in item.partition("="))
+        path = tuple(key.split("."))
         if not equals or not all(path):
             raise ConfigError(f"{item!r} is not an override; write key.path=value, for example training.seed=1")
         section = section_of(StackWiseConfig, path[:-1])
-        if path[-1] != "n_blocks" and (section is None or path[-1] not in section.model_fields):
+        field = section.model_fields.get(path[-1]) if section else None
+        if field is None and key not in OLD_KEYS:
             raise ConfigError(unknown_key(StackWiseConfig, path))
         node = data
-        for name in path[:-1]:
-            child = node.setdefault(name, {})
+        for depth, name in enumerate(path[:-1], 1):
+            child = node.get(name)
+            if child is None:
+                child = node[name] = {}
             if not isinstance(child, dict):
-                raise ConfigError(f"{key}: {name} is {child!r} in the file, not a section of keys")
+                raise ConfigError(f"{'.'.join(path[:depth])}: {child!r} has the wrong type; must be a section of keys")
             node = child
-        node[path[-1]] = yaml_io.parse(text, f"the value of {key}")
+        literal = field is not None and takes_text(field.annotation) and not _YAML_VALUE.match(text)
+        value = text if literal else yaml_io.parse(text, f"the value of {key}")
+        if value is not None and section and path[-1] in section.alternatives:
+            chosen.add(key)
+            for other in section.alternatives:
+                if ".".join((*path[:-1], other)) not in chosen:
+                    node.pop(other, None)
+        node[path[-1]] = value
     return data

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
 from stackwise.errors import ConfigError
+
+OLD_KEYS = ("model.n_blocks", "model.architecture.n_blocks")
 
 
 def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -19,7 +22,8 @@ def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     model = data.get("model")
     if not isinstance(model, dict):
         return data, notes
-    architecture = model.get("architecture", {})
+    architecture = model.get("architecture")
+    architecture = {} if architecture is None else architecture
     if not isinstance(architecture, dict):
         return data, notes
     found = [
@@ -31,8 +35,8 @@ def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         n_blocks = section.pop("n_blocks")
         n_stacks = architecture.get("n_stacks", 1)
         if isinstance(n_blocks, bool) or not isinstance(n_blocks, int) or n_blocks < 1:
-            raise ConfigError(f"{where}.n_blocks: {n_blocks!r} must be a whole number, at least 1")
-        if not isinstance(n_stacks, int) or n_stacks < 1 or n_blocks % n_stacks:
+            raise ConfigError(f"{where}.n_blocks: {n_blocks!r} is not allowed; must be a whole number, at least 1")
+        if isinstance(n_stacks, bool) or not isinstance(n_stacks, int) or n_stacks < 1 or n_blocks % n_stacks:
             raise ConfigError(
                 f"{where}.n_blocks: {n_blocks} cannot be divided among n_stacks ({n_stacks!r}); "
                 "set model.architecture.blocks_per_stack"
@@ -52,9 +56,22 @@ def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return data, notes
 
 
+class OldKeyWarning(DeprecationWarning):
+    """An old config key was read; the message says what to write instead."""
+
+
 def load_legacy(data: dict[str, Any]) -> dict[str, Any]:
-    """``migrate`` that warns."""
+    """``migrate`` that warns, at the first caller outside this package."""
     data, notes = migrate(data)
     for note in notes:
-        warnings.warn(note, DeprecationWarning, stacklevel=4)
+        warnings.warn(note, OldKeyWarning, stacklevel=_depth_of_caller())
     return data
+
+
+def _depth_of_caller() -> int:
+    """``stacklevel`` that points a warning of the calling function at the code that uses this package."""
+    depth, frame = 1, inspect.currentframe()
+    frame = frame.f_back if frame else None
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "stackwise":
+        depth, frame = depth + 1, frame.f_back
+    return depth

@@ -5,125 +5,200 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-_LIMITS = {
-    "greater_than": ("gt", "above"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"),
-}
+from stackwise.config.schema import Section
+
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
-    "none_required": "null (nothing else is built yet)",
-    "finite_number": "a finite number",
     "tuple_type": "a list",
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
 }
+_COUNTS = ("too_long", "too_short", "missing")
 
 
-def section_of(schema: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
+def section_of(schema: type[Section], path: tuple[str, ...]) -> type[Section] | None:
     """The config class at ``path`` under ``schema``, or ``None`` where the path leads elsewhere."""
     for name in path:
         field = schema.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             return None
         schema = field.annotation
     return schema
 
 
-def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted leaf key under ``schema``."""
+def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key under ``schema``, sections included."""
     keys = []
     for name in schema.model_fields:
         section = section_of(schema, (name,))
-        keys += all_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+        keys.append(f"{prefix}{name}")
+        keys += all_keys(section, f"{prefix}{name}.") if section else []
     return keys
 
 
-def unknown_key(schema: type[BaseModel], path: tuple[str, ...]) -> str:
+def unknown_key(schema: type[Section], path: tuple[str, ...]) -> str:
     """The message for a key that does not exist, with the nearest one that does."""
     dotted = ".".join(path)
-    section = section_of(schema, path[:-1])
-    siblings = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(path[-1], siblings, 1, 0.6)
-    if near:
-        return f"{dotted}: unknown key; did you mean {'.'.join((*path[:-1], near[0]))}?"
+    section: type[Section] | None = schema
+    for depth in range(1, len(path)):
+        section = section_of(schema, path[:depth])
+        if section is None and _field(schema, path[:depth]) is None:
+            return unknown_key(schema, path[:depth])
+        if section is None:
+            return f"{dotted}: unknown key; {'.'.join(path[:depth])} is one setting, not a section of keys"
+    assert section is not None
     keys = all_keys(schema)
-    elsewhere = [k for k in keys if k.split(".")[-1] == path[-1]] or difflib.get_close_matches(dotted, keys, 1, 0.7)
-    if elsewhere:
-        return f"{dotted}: unknown key; did you mean {elsewhere[0]}?"
-    return f"{dotted}: unknown key; known here: {', '.join(siblings)}"
+    inside = ".".join((*path[:-1], ""))
+    same_name = [key for key in keys if key.split(".")[-1] == path[-1]]
+    near_here = difflib.get_close_matches(path[-1], section.model_fields, 1, 0.6)
+    near = difflib.get_close_matches(path[-1], [key.split(".")[-1] for key in keys], 1, 0.8)
+    suggested = (
+        [key for key in same_name if key.startswith(inside)]
+        or same_name
+        or [f"{inside}{name}" for name in near_here]
+        or [key for key in keys if key.split(".")[-1] in near]
+    )
+    if suggested:
+        return f"{dotted}: unknown key; did you mean {' or '.join(suggested)}?"
+    return f"{dotted}: unknown key; known here: {', '.join(section.model_fields)}"
 
 
-def _known_path(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, ...]:
-    """``location`` without the parts that name the branch of a union."""
-    path: list[str] = []
-    current: type[BaseModel] | None = schema
-    for part in location:
-        if current is not None:
-            path.append(str(part))
-            current = section_of(current, (str(part),))
-        elif isinstance(part, int):
-            path.append(str(part))
-    return tuple(path)
+def takes_text(annotation: Any) -> bool:
+    """Whether any text is a valid value of a field with this annotation."""
+    return annotation is str or str in typing.get_args(annotation)
 
 
-def _allows_none(schema: type[BaseModel], path: tuple[str, ...]) -> bool:
+def options_of(annotation: Any) -> list[Any]:
+    """The values of a ``Literal``, alone or in a union."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    return [option for part in typing.get_args(annotation) for option in options_of(part)]
+
+
+def _field(schema: type[Section], path: tuple[str, ...]) -> FieldInfo | None:
     section = section_of(schema, path[:-1]) if path else None
-    if section is None or path[-1] not in section.model_fields:
-        return False
-    annotation = section.model_fields[path[-1]].annotation
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return is_union and type(None) in typing.get_args(annotation)
+    return section.model_fields.get(path[-1]) if section else None
 
 
-def _show(value: Any) -> str:
+def _split(schema: type[Section], location: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """``location`` as keys and then list positions, without the parts that name the branch of a union."""
+    keys: list[str] = []
+    current: type[Section] | None = schema
+    for part in location:
+        if current is None:
+            break
+        keys.append(str(part))
+        current = section_of(current, (str(part),))
+    return tuple(keys), tuple(part for part in location[len(keys) :] if isinstance(part, int))
+
+
+def _bounds(annotation: Any) -> Iterator[Any]:
+    """The bounds written anywhere in an annotation or field."""
+    if isinstance(annotation, Ge | Gt | Le | Lt):
+        yield annotation
+    elif isinstance(annotation, FieldInfo):
+        for part in (*annotation.metadata, annotation.annotation):
+            yield from _bounds(part)
+    elif typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple):
+        for part in typing.get_args(annotation):
+            yield from _bounds(part)
+
+
+def _range(field: FieldInfo) -> str:
+    """``at least 0 and below 1``."""
+    found = list(_bounds(field))
+    words = []
+    for kind, attribute, word in _BOUNDS:
+        limits = {getattr(bound, attribute) for bound in found if isinstance(bound, kind)}
+        words += [f"{word} {limit:g}" if limit < 1e6 else f"{word} {limit}" for limit in sorted(limits)]
+    return " and ".join(words)
+
+
+def _or_null(field: FieldInfo | None) -> str:
+    return " or null" if field is not None and type(None) in typing.get_args(field.annotation) else ""
+
+
+def _entries(field: FieldInfo | None) -> str:
+    """How many entries a list of fixed length has."""
+    parts = typing.get_args(field.annotation) if field is not None else ()
+    return f"a list of {len(parts)} numbers{_or_null(field)}"
+
+
+def _reason(field: FieldInfo | None) -> str:
+    """Where only one value is allowed, the field's description says why."""
+    return f" ({field.description})" if field is not None and field.description else ""
+
+
+def show(value: Any) -> str:
+    """``value`` as YAML would have it, shortened, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+def explain(error: ValidationError, schema: type[Section]) -> str:
     """The first problem in one line, and how many more there are."""
     problems: dict[str, str] = {}
+    wrong_types: dict[str, list[str]] = {}
     for detail in error.errors():
         kind, location, value = detail["type"], detail["loc"], detail["input"]
         context = detail.get("ctx", {})
-        path = _known_path(schema, location)
-        dotted = ".".join(path)
+        path, positions = _split(schema, location)
+        field = _field(schema, path)
+        if kind in _COUNTS:
+            positions = ()
+        dotted = ".".join(path) + "".join(f"[{position}]" for position in positions)
         if kind == "extra_forbidden":
-            message = unknown_key(schema, tuple(str(p) for p in location))
+            message = unknown_key(schema, path)
+        elif kind == "invalid_key":
+            parent = ".".join(path[:-1])
+            message = f"{parent or 'the config'}: {show(value)} is not a key; keys are names"
         elif kind == "conflict":
             dotted = f"{dotted}.{context['key']}" if dotted else context["key"]
             message = f"{dotted}: {context['problem']}"
-        elif kind == "literal_error":
-            options = [o.strip(" '") for o in context["expected"].replace(" or ", ", ").split(", ")]
-            near = difflib.get_close_matches(str(value), options, 1, 0.6)
+        elif kind == "literal_error" and field is not None:
+            options = [str(option) for option in options_of(field.annotation)]
+            near = difflib.get_close_matches(str(value), options, 1, 0.7)
             hint = f"; did you mean {near[0]}?" if near else ""
-            allowed = ", ".join(o.lower() if o in ("True", "False") else o for o in options)
-            message = f"{dotted}: {_show(value)} is not allowed; allowed: {allowed}{hint}"
-        elif kind in _LIMITS:
-            key, words = _LIMITS[kind]
-            message = f"{dotted}: {_show(value)} is out of range; must be {words} {context[key]:g}"
+            allowed = ", ".join(option.lower() if option in ("True", "False") else option for option in options)
+            why = _reason(field) if len(options) == 1 else ""
+            message = f"{dotted}: {show(value)} is not allowed; allowed: {allowed}{_or_null(field)}{why}{hint}"
+        elif kind == "none_required":
+            message = f"{dotted}: {show(value)} is not allowed; allowed: null{_reason(field)}"
+        elif kind in _OUT_OF_RANGE and field is not None:
+            null = "" if positions else _or_null(field)
+            message = f"{dotted}: {show(value)} is out of range; must be {_range(field)}{null}"
+        elif kind == "finite_number":
+            message = f"{dotted}: {show(value)} is out of range; must be a finite number"
+        elif kind in _COUNTS:
+            message = f"{dotted}: {show(value)} has the wrong number of entries; must be {_entries(field)}"
         elif kind in _TYPES:
-            also = " or null" if _allows_none(schema, path) else ""
-            message = f"{dotted}: {_show(value)} has the wrong type; must be {_TYPES[kind]}{also}"
-        elif kind in ("too_long", "too_short", "missing"):
-            message = f"{dotted}: {_show(value)} has the wrong number of entries"
+            # One detail for each branch of a union: name them all.
+            wanted = wrong_types.setdefault(dotted, [])
+            wanted.append(_TYPES[kind])
+            null = "" if positions else _or_null(field)
+            problems[dotted] = f"{dotted}: {show(value)} has the wrong type; must be {' or '.join(wanted)}{null}"
+            continue
         else:
-            message = f"{dotted}: {_show(value)}: {detail['msg']}"
+            message = f"{dotted}: {show(value)} is not allowed: {detail['msg']}"
         problems.setdefault(dotted, message)
-    lines = list(problems.values())
+    # Of a union, the branch that got further into the value says more.
+    lines = [message for key, message in problems.items() if not any(other.startswith(f"{key}[") for other in problems)]
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return lines[0] + more

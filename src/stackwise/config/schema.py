@@ -6,7 +6,7 @@ The description of a field is its documentation: ``stackwise init`` writes it as
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,9 +23,16 @@ def _tuple(value: Any) -> Any:
 class Section(BaseModel):
     """Base of every config section: typed strictly, frozen, closed to unknown keys."""
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Keys of which at most one is set; overriding one clears the others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """A section whose keys are all commented out is null in YAML: every key takes its default."""
+        return {} if value is None else value
 
 
 def conflict(key: str, message: str) -> PydanticCustomError:
@@ -41,9 +48,7 @@ class ArchitectureConfig(Section):
 class AttentionCustomConfig(Section):
     """Read only when ``model.attention_preset`` is ``custom``."""
 
-    attention_type: Literal["mha"] = Field(
-        "mha", description="Projections: mha (grouped when n_kv_heads < n_heads)"
-    )
+    attention_type: Literal["mha"] = Field("mha", description="Projections: mha (grouped when n_kv_heads < n_heads)")
     attention_mode: Literal["causal", "bidirectional"] | None = Field(
         None, description="null: causal for clm, bidirectional for mlm"
     )
@@ -80,12 +85,8 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="After the embedding, in attention and after each residual branch"
     )
-    tie_embeddings: bool = Field(
-        False, description="Head shares the embedding's matrix (not with a frozen trunk)"
-    )
-    freeze_up_proj: bool = Field(
-        False, description="Keep the feed-forward's up-projections at their initial values"
-    )
+    tie_embeddings: bool = Field(False, description="Head shares the embedding's matrix (not with a frozen trunk)")
+    freeze_up_proj: bool = Field(False, description="Keep the feed-forward's up-projections at their initial values")
     use_rope: bool = Field(True, description="Rotary positions on queries and keys; false: no positions")
     rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
     norm_eps: Annotated[float, Field(gt=0.0)] = Field(1e-5, description="Epsilon of RMSNorm")
@@ -135,7 +136,7 @@ class OptimizerConfig(Section):
         tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]],
         BeforeValidator(_tuple),
     ] = Field((0.9, 0.95), description="Decay rates of the two moments")
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="Added to the root of the second moment")
 
 
 class ScheduleConfig(Section):
@@ -148,15 +149,11 @@ class ScheduleConfig(Section):
     )
     decay_fraction: Fraction = Field(0.2, description="wsd: share of the steps, at the end, that decay")
     min_lr_ratio: Fraction = Field(0.1, description="Final learning rate as a share of the peak")
-    span: Literal["run", "phase"] = Field(
-        "run", description="Decay once over the whole run, or within every phase"
-    )
+    span: Literal["run", "phase"] = Field("run", description="Decay once over the whole run, or within every phase")
 
 
 class ProgressiveConfig(Section):
-    target_stacks: PositiveInt | None = Field(
-        None, description="Stacks to grow to; null: model.architecture.n_stacks"
-    )
+    target_stacks: PositiveInt | None = Field(None, description="Stacks to grow to; null: model.architecture.n_stacks")
     building_mode: Literal["append", "prepend"] = Field(
         "append", description="New Stacks go to the right (append) or to the left (prepend) of the trunk"
     )
@@ -216,9 +213,7 @@ class EvaluationConfig(Section):
     every_steps: PositiveInt | None = Field(
         None, description="Validate every so many steps; null: at the end of every phase"
     )
-    max_tokens: PositiveInt | None = Field(
-        None, description="Validation tokens to score, spread evenly; null: all"
-    )
+    max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
 
 
 class LoggingConfig(Section):
@@ -226,7 +221,13 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra: track)")
 
 
+DEFAULT_STEPS = 1000
+"""Budget when none of max_steps, max_tokens and max_flops is set."""
+
+
 class TrainingConfig(Section):
+    alternatives = ("max_steps", "max_tokens", "max_flops")
+
     strategy: Literal["progressive", "end_to_end"] = Field(
         "progressive", description="Grow Stack by Stack, or train the whole Rack from the start"
     )
@@ -239,13 +240,16 @@ class TrainingConfig(Section):
     )
     seq_len: PositiveInt = Field(256, description="Tokens in a sequence")
     max_steps: PositiveInt | None = Field(
-        None, description="Budget in steps; set one of max_steps, max_tokens, max_flops (none: 1000 steps)"
+        None,
+        description=f"Budget in steps; set one of max_steps, max_tokens, max_flops (none: {DEFAULT_STEPS} steps)",
     )
     max_tokens: PositiveInt | None = Field(None, description="Budget in training tokens")
     max_flops: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Budget in true FLOPs of training steps"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Fixes initial weights, batches, masks and dropout"
+    )
     grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
         1.0, description="Largest global gradient norm; null: no clipping"
     )
@@ -268,10 +272,12 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        budgets = {k: getattr(self, k) for k in ("max_steps", "max_tokens", "max_flops")}
-        given = [k for k, v in budgets.items() if v is not None]
+        given = [key for key in self.alternatives if getattr(self, key) is not None]
         if len(given) > 1:
-            raise conflict(given[1], f"{budgets[given[1]]} and {given[0]} are both set; keep one budget")
+            raise conflict(
+                given[1],
+                f"{getattr(self, given[1])} and {given[0]} ({getattr(self, given[0])}) are both set; keep one budget",
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise conflict(
                 "micro_batch_size",
@@ -291,10 +297,6 @@ class TrainingConfig(Section):
     @property
     def objective(self) -> Literal["clm", "mlm"]:
         return self.progressive.training_objective
-
-
-DEFAULT_STEPS = 1000
-"""Budget when none of max_steps, max_tokens and max_flops is set."""
 
 
 class TokenizerConfig(Section):
@@ -340,13 +342,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.source == "python-stdlib" and self.path is not None:
-            raise conflict(
-                "path", f"{self.path!r} is not read when source is python-stdlib; set data.source: files"
-            )
+            raise conflict("path", f"{self.path!r} is not read when source is python-stdlib; set data.source: files")
         if self.source != "python-stdlib" and not self.path:
             raise conflict("path", f"must be set when source is {self.source}")
         if self.source == "huggingface" and not isinstance(self.path, str):
-            raise conflict("path", f"{self.path!r} must be one data set name when source is huggingface")
+            raise conflict("path", f"{list(self.path or ())!r} must be one data set name when source is huggingface")
         return self
 
 
@@ -374,13 +374,12 @@ class StackWiseConfigFields(Section):
                 "or training.progressive.training_objective: clm",
             )
         grows = training.strategy == "progressive" and self.target_stacks > 1
-        if grows and progressive.trunk_strategy == "frozen":
-            if self.model.tie_embeddings:
-                raise conflict(
-                    "model.tie_embeddings",
-                    "true cannot go with training.progressive.trunk_strategy: frozen, since training the head "
-                    "would change what the frozen trunk reads; set it to false, or the trunk to trainable",
-                )
+        if grows and progressive.trunk_strategy == "frozen" and self.model.tie_embeddings:
+            raise conflict(
+                "model.tie_embeddings",
+                "true cannot go with training.progressive.trunk_strategy: frozen, since training the head "
+                "would change what the frozen trunk reads; set it to false, or the trunk to trainable",
+            )
         if progressive.optimizer_state == "copy" and progressive.new_stack_init != "copy":
             raise conflict(
                 "training.progressive.optimizer_state",
@@ -407,9 +406,7 @@ class StackWiseConfigFields(Section):
     @property
     def attention_mode(self) -> Literal["causal", "bidirectional"]:
         """The direction of attention: the preset's, or the objective's where the preset leaves it open."""
-        needed: Literal["causal", "bidirectional"] = (
-            "causal" if self.training.objective == "clm" else "bidirectional"
-        )
+        needed: Literal["causal", "bidirectional"] = "causal" if self.training.objective == "clm" else "bidirectional"
         match self.model.attention_preset:
             case "gpt_style":
                 return "causal"

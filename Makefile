@@ -1,0 +1,68 @@
+# Every target works as the first command on a fresh clone: it makes .venv, installs into it, and runs.
+#   make PYTHON=python3.12 demo     another interpreter (3.11 or newer) for .venv
+#   make demo OUT=runs/mine         another run folder
+#   make test ARGS="-k config"      more arguments for pytest
+
+PYTHON ?= python3
+OUT ?= runs/demo
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# Nothing from outside .venv: no user site, no borrowed module path.
+export PYTHONNOUSERSITE := 1
+export PIP_USER := no
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test slow lint picture clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      grow a small model on the Python library sources, evaluate it, show a sample"
+	@echo "make test      the tests"
+	@echo "make slow      the proofs that take minutes"
+	@echo "make lint      formatter, linter and type checker"
+	@echo "make picture   draw the README's picture from $(OUT)"
+	@echo "make clean     remove .venv and caches (runs stay)"
+
+demo: $(VENV)/.stamp-core
+	$(BIN)/stackwise demo --out $(OUT)
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+picture: $(VENV)/.stamp-report
+	$(BIN)/python -m stackwise.report.picture $(OUT) docs/demo.svg
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "StackWise needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	  echo "Name another interpreter, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-core: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e '.[test,lint]'
+	@touch $(VENV)/.stamp-core $@
+
+$(VENV)/.stamp-report: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e '.[report]'
+	@touch $(VENV)/.stamp-core $@

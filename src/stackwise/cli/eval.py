@@ -1,0 +1,40 @@
+"""``stackwise eval``: how well a trained run predicts text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stackwise.cli.train import Json
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory")],
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Checkpoint to load (default: the newest)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score RUN on its validation text, or on other text."""
+    from stackwise.cli.results import print_json, table
+    from stackwise.evaluation.evaluate import evaluate_run
+    from stackwise.training.progress import console_reporter
+
+    reporter = console_reporter()
+    try:
+        scores = evaluate_run(run, data, step, reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        print_json(scores)
+        return
+    table("", ("score", "value"), [[name, _number(value)] for name, value in scores.items()], stderr=False)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "–" if value is None else (f"{value:,}" if isinstance(value, int) else str(value))

@@ -1,0 +1,44 @@
+"""``stackwise init``: a commented config to start from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.config.presets import PRESETS, preset
+from stackwise.config.template import template
+from stackwise.errors import UserError
+
+EPILOG = "\b\nPresets:\n" + "\n".join(f"  {name:<12}{entry.about}" for name, entry in PRESETS.items())
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write; - for standard output.")] = Path(
+        "config.yaml"
+    ),
+    preset_name: Annotated[
+        str, typer.Option("--preset", metavar="NAME", help="Settings to start from; see below.")
+    ] = "default",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+) -> None:
+    """Write a config with every key, its value and what it means."""
+    chosen = preset(preset_name)
+    text = template(chosen.config(), chosen.about)
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name a file")
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise UserError(f"{file}: already exists; --force overwrites it") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file}: the folder {file.parent} does not exist") from None
+    except PermissionError:
+        raise UserError(f"{file}: may not be written by you") from None
+    print(f"wrote {file} (preset {preset_name}); next: stackwise train {file} --out runs/first", file=sys.stderr)

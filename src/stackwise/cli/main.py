@@ -1,0 +1,140 @@
+"""``stackwise COMMAND``: the table of commands, and what becomes an exit code.
+
+A command is one function in a file of its own, registered below by one line. Its file imports only light things
+at the top; what needs torch is imported inside the function, so that help and ``init`` stay quick::
+
+    # cli/train.py
+    def train(config: Annotated[Path, typer.Argument(help="YAML file")], ...) -> None:
+        '''Train as CONFIG says.'''
+        from stackwise.training.loop import run
+        run(...)
+
+    # here
+    app.command()(train.train)
+
+It returns nothing and raises ``UserError``, ``RunError`` or ``StoppedBySignal``; ``main`` does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from stackwise import __version__
+from stackwise.cli import doctor, init
+from stackwise.config.legacy import OldKeyWarning
+from stackwise.errors import RunError, StoppedBySignal, UserError
+
+DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="stackwise",
+    help="Train transformers from scratch, Stack by Stack, inside a memory budget.",
+    epilog="Exit codes: 0 done; 1 failed while running; 2 the input is wrong (one line says what); 3 stopped by a "
+    "signal, with a checkpoint that `stackwise resume` goes on from; 130 interrupted, with nothing saved.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stackwise {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command(epilog=init.EPILOG)(init.init)
+app.command()(doctor.doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: the process's) and returns its exit code."""
+    try:
+        with _old_keys_as_notes():
+            code = app(arguments, prog_name="stackwise", standalone_mode=False)
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        _say(_usage(error))
+        return error.exit_code
+    except UserError as error:
+        _say(error)
+        return WRONG_INPUT
+    except RunError as error:
+        _say(error)
+        return FAILED
+    except StoppedBySignal as error:
+        _say(error)
+        return STOPPED
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`). Python flushes again at exit: let it write nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+        return FAILED
+    except SystemExit as error:  # typer's answer to a closed pipe
+        return error.code if isinstance(error.code, int) else FAILED
+    if code == INTERRUPTED:
+        _say("interrupted")
+    return code if isinstance(code, int) else DONE
+
+
+def run() -> None:
+    """The console entry point."""
+    sys.exit(main())
+
+
+def _say(message: object) -> None:
+    print(f"stackwise: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """One line for a wrong command line, and where the right one is described."""
+    context: Any = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "stackwise"
+    return f"{error.format_message().rstrip('.')} (see {path} --help)"
+
+
+@contextmanager
+def _old_keys_as_notes() -> Iterator[None]:
+    """Old config keys become one line each on stderr, once; other warnings stay as Python has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldKeyWarning)
+        others = warnings.showwarning
+        said: set[str] = set()
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, OldKeyWarning):
+                others(message, category, filename, lineno, file, line)
+            elif str(message) not in said:
+                said.add(str(message))
+                _say(f"note: {message}")
+
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,74 @@
+"""How results look: a table for people on stderr, JSON for machines on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes for people: 12.3 MiB."""
+    if n_bytes is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1024 or unit == "TiB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool = True) -> None:
+    """Prints a table; the first column is left-aligned, the others right."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no width to fit
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(header):
+        grid.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
+    """The end of a run."""
+    if as_json:
+        print_json(summary)
+        return
+    rows = [
+        [
+            p["name"],
+            f"{p['steps']:,}",
+            f"{p['trainable_parameters']:,}",
+            f"{p['flops']:.3g}",
+            size(p["peak_memory_bytes"]),
+            f"{p['seconds']:.0f} s",
+            f"{p['first_loss']:.4f}",
+            f"{p['last_loss']:.4f}",
+            "–" if p["validation_loss"] is None else f"{p['validation_loss']:.4f}",
+            "–" if p["bits_per_byte"] is None else f"{p['bits_per_byte']:.4f}",
+        ]
+        for p in summary["phases"]
+    ]
+    header = (
+        "phase", "steps", "trains", "FLOPs", "peak memory", "time", "first loss", "last loss", "validation", "bits/byte",
+    )  # fmt: skip
+    table("", header, rows)
+    validation = summary["validation"]
+    per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
+    console = Console(stderr=True)
+    console.print(
+        f"validation loss {validation['loss']:.4f} nats per token, perplexity {validation['perplexity']:.2f}{per_byte}\n"
+        f"in {run}: try  stackwise generate {run}  or  stackwise eval {run}",
+        highlight=False,
+        soft_wrap=True,
+    )

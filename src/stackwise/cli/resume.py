@@ -1,0 +1,25 @@
+"""``stackwise resume``: goes on with a stopped run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.train import Json
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run directory")],
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Go back to the checkpoint of this step (default: the newest)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with RUN exactly where it stopped."""
+    from stackwise.cli.results import show_summary
+    from stackwise.training.progress import console_reporter
+    from stackwise.training.run import resume_run
+
+    show_summary(resume_run(run, console_reporter(), step), run, as_json)

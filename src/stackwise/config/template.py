@@ -1,0 +1,66 @@
+"""The commented YAML of a config: every key, its value, and the schema's own description beside it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from stackwise.config import yaml_io
+from stackwise.config.base import StackWiseConfig
+from stackwise.config.messages import options_of
+from stackwise.config.schema import Section
+
+_COLUMN = 38  # where the comments start
+_WIDTH = 120
+
+
+def template(config: StackWiseConfig, about: str) -> str:
+    """YAML text that loads as ``config``, headed by the sentence ``about``."""
+    head = [
+        *textwrap.wrap(f"StackWise: {about}.", _WIDTH - 2),
+        "Every key is here. What you delete takes its default. null means: as the comment says.",
+        "For one run: stackwise train THIS_FILE training.seed=1 --out RUN",
+    ]
+    return "".join(f"# {line}\n" for line in head) + _sections(config, "")
+
+
+def _sections(section: Section, indent: str) -> str:
+    lines: list[str] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            about = (type(value).__doc__ or "").split("\n")[0].replace("``", "")
+            lines += [*([] if indent else [""]), *_commented(f"{indent}{name}:", about)]
+            lines.append(_sections(value, indent + "  "))
+        else:
+            lines += _commented(f"{indent}{name}: {yaml_io.inline(_data(value))}", _about(field, value))
+    return "\n".join(lines) + ("" if indent else "\n")
+
+
+def _about(field: FieldInfo, value: Any) -> str:
+    """The description, the choices that it leaves out, and the default where ``value`` is another."""
+    about = field.description or ""
+    options = [str(option) for option in options_of(field.annotation) if isinstance(option, str)]
+    if len(options) > 1 and not set(options) <= set(re.findall(r"\w[\w-]*", about)):
+        about += f" (one of {', '.join(options)})"
+    if value != field.default:
+        about += f" [default: {yaml_io.inline(_data(field.default))}]"
+    return about
+
+
+def _commented(text: str, about: str) -> list[str]:
+    """``text`` with ``about`` as a comment to its right, or above it where ``text`` is long."""
+    if not about:
+        return [text]
+    if len(text) > _COLUMN - 2:
+        indent = text[: len(text) - len(text.lstrip())]
+        return [*(f"{indent}# {line}" for line in textwrap.wrap(about, _WIDTH - len(indent) - 2)), text]
+    first, *rest = textwrap.wrap(about, _WIDTH - _COLUMN - 2)
+    return [f"{text:<{_COLUMN}}# {first}", *(" " * _COLUMN + f"# {line}" for line in rest)]
+
+
+def _data(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,187 @@
+"""``ProgressiveRackBuilder``: adds Stacks to a Rack, freezes, saves and loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.errors import UserError
+from stackwise.growth.phases import Growth
+from stackwise.model.architecture import Rack, Stack, create_rack_from_config, create_stack_from_config
+from stackwise.model.initialisation import RESIDUAL_OUTPUTS
+from stackwise.model.layers import never_trained
+from stackwise.model.weights import load_weights, save_weights
+
+
+def set_trainable(rack: Rack, parts: Iterable[str]) -> None:
+    """Gives gradients to the parameters of ``parts`` and to no others; frozen parts also go to evaluation mode.
+
+    Parameters that their module declares as never trained stay frozen.
+    """
+    wanted = set(parts)
+    unknown = wanted - set(rack.parts())
+    if unknown:
+        raise ValueError(f"the Rack has no part {sorted(unknown)}; it has {', '.join(rack.parts())}")
+    fixed = never_trained(rack)
+    for name, module in rack.parts().items():
+        module.train(name in wanted)
+        for parameter in module.parameters():
+            parameter.requires_grad_(name in wanted and parameter not in fixed)
+
+
+@torch.no_grad()
+def zero_residual_outputs(stack: Stack) -> None:
+    """Makes every Block of ``stack`` the identity: x + 0 and x + 0."""
+    for name, module in stack.named_modules():
+        if name.split(".")[-1] in RESIDUAL_OUTPUTS and isinstance(module, nn.Linear):
+            module.weight.zero_()
+
+
+@torch.no_grad()
+def grow_rack(rack: Rack, growth: Growth, stacks: Iterable[int], config: StackWiseConfig) -> None:
+    """Adds ``growth.stack`` to ``rack`` at the place it has in ``stacks``, initialised as ``growth`` says."""
+    present = {stack.stack_id: stack for stack in rack.stacks}
+    device = rack.embedding.weight.device
+    new = create_stack_from_config(growth.stack, config).to(device)
+    if growth.init == "copy":
+        assert growth.source is not None
+        new.load_state_dict(present[growth.source].state_dict())
+    elif growth.init == "identity":
+        zero_residual_outputs(new)
+    present[growth.stack] = new
+    rack.stacks = nn.ModuleList(present[k] for k in stacks)
+
+
+class ProgressiveRackBuilder:
+    """Builds a Rack Stack by Stack.
+
+    Args:
+        config: shapes, seed and ``training.progressive.new_stack_init``.
+        building_mode: ``append`` or ``prepend``; default: ``training.progressive.building_mode``.
+        vocab_size: default: ``model.vocab_size``.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        building_mode: Literal["append", "prepend"] | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
+        mode = building_mode or config.training.progressive.building_mode
+        if mode not in ("append", "prepend"):
+            raise ValueError(f"building_mode is {mode!r}; allowed: append, prepend")
+        self.config = config.override([f"training.progressive.building_mode={mode}"])
+        self.building_mode = mode
+        self.rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=vocab_size)
+
+    def _add(self, at_left: bool, init: str | None) -> Stack:
+        order = [stack.stack_id for stack in self.rack.stacks]
+        new = max(order, default=-1) + 1
+        neighbour = (order[0] if at_left else order[-1]) if order else None
+        init = init or self.config.training.progressive.new_stack_init
+        if neighbour is None:
+            init = "random"
+        growth = Growth(new, init, neighbour if init == "copy" else None)  # type: ignore[arg-type]
+        grow_rack(self.rack, growth, [new, *order] if at_left else [*order, new], self.config)
+        return next(stack for stack in self.rack.stacks if stack.stack_id == new)
+
+    def append_stack(self, init: str | None = None) -> Stack:
+        """Adds a Stack at the right of the trunk and returns it. ``init``: random, identity or copy."""
+        return self._add(False, init)
+
+    def prepend_stack(self, init: str | None = None) -> Stack:
+        """Adds a Stack at the left of the trunk and returns it. ``init``: random, identity or copy."""
+        return self._add(True, init)
+
+    def add_stack(self) -> Stack:
+        """Adds a Stack where ``building_mode`` says."""
+        return self._add(self.building_mode == "prepend", None)
+
+    def build_rack(self, n_stacks: int | None = None) -> Rack:
+        """The Rack, grown to ``n_stacks`` (default: the config's target) Stacks if it has fewer."""
+        target = self.config.target_stacks if n_stacks is None else n_stacks
+        while len(self.rack.stacks) < target:
+            self.add_stack()
+        return self.rack
+
+    def freeze_trunk(self) -> None:
+        """Freezes everything but the newest Stack, the final norm and the head."""
+        if not len(self.rack.stacks):
+            raise ValueError("the Rack has no Stack yet; append_stack first")
+        newest = max(stack.stack_id for stack in self.rack.stacks)
+        set_trainable(self.rack, {f"stack.{newest}", "norm", "head"} & set(self.rack.parts()))
+
+    def get_rack_info(self) -> dict[str, Any]:
+        """Stacks, Blocks and parameters, in all and trainable, and by part."""
+        counts: dict[str, dict[str, int]] = {}
+        for part, _, parameter in self.rack.part_parameters():
+            entry = counts.setdefault(part, {"parameters": 0, "trainable_parameters": 0})
+            entry["parameters"] += parameter.numel()
+            entry["trainable_parameters"] += parameter.numel() if parameter.requires_grad else 0
+        return {
+            "building_mode": self.building_mode,
+            "n_stacks": len(self.rack.stacks),
+            "stacks": [stack.stack_id for stack in self.rack.stacks],
+            "n_blocks": len(self.rack.blocks()),
+            "parameters": sum(c["parameters"] for c in counts.values()),
+            "trainable_parameters": sum(c["trainable_parameters"] for c in counts.values()),
+            "parts": counts,
+        }
+
+    def save_rack(self, path: str | Path) -> None:
+        """Writes all weights to one safetensors file (and the order of the Stacks into its header)."""
+        order = ",".join(str(stack.stack_id) for stack in self.rack.stacks)
+        tensors = {f"{part}/{name}": p.detach() for part, name, p in self.rack.part_parameters()}
+        save_weights(path, tensors, {"stacks": order})
+
+    def load_rack(self, path: str | Path) -> Rack:
+        """Replaces the Rack by the one in ``path``. Raises ``UserError`` when shapes or Stacks do not fit the config."""
+        tensors, metadata = load_weights(path)
+        if "stacks" not in metadata:
+            raise UserError(f"{path}: not a Rack; save_rack writes one")
+        order = [int(k) for k in metadata["stacks"].split(",") if k]
+        rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size)
+        rack.stacks = nn.ModuleList(create_stack_from_config(k, self.config) for k in order)
+        own = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
+        _copy_into(own, tensors, path)
+        self.rack = rack
+        return rack
+
+    def save_stack(self, stack_id: int, path: str | Path) -> None:
+        """Writes one Stack to a safetensors file."""
+        save_weights(path, dict(self._stack(stack_id).state_dict()), {"stack": str(stack_id)})
+
+    def load_stack(self, stack_id: int, path: str | Path) -> Stack:
+        """Puts the weights in ``path`` into Stack ``stack_id`` of the Rack."""
+        stack = self._stack(stack_id)
+        tensors, metadata = load_weights(path)
+        if "stack" not in metadata:
+            raise UserError(f"{path}: not a Stack; save_stack writes one")
+        _copy_into(dict(stack.state_dict()), tensors, path)
+        return stack
+
+    def _stack(self, stack_id: int) -> Stack:
+        for stack in self.rack.stacks:
+            if stack.stack_id == stack_id:
+                return stack
+        raise ValueError(f"the Rack has no Stack {stack_id}; it has {[s.stack_id for s in self.rack.stacks]}")
+
+
+@torch.no_grad()
+def _copy_into(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise UserError(f"{path}: its weights do not fit this config; first difference: {odd[0]}")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but this config needs {tuple(own[name].shape)}"
+            )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

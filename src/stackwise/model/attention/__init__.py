@@ -1,0 +1,3 @@
+from stackwise.model.attention.core import CoreAttention
+
+__all__ = ["CoreAttention"]

@@ -1,0 +1,108 @@
+"""Cross-entropy of a linear head without the full logits.
+
+N positions, C width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""Target of a position that does not count."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits computed at a time: 16 MiB in fp32."""
+
+MIN_ROWS = 256
+"""Positions in a chunk even where the vocabulary is huge: thinner matrix products waste the processor."""
+
+
+def chunk_rows(n_rows: int, vocab_size: int) -> int:
+    """Positions in one chunk of logits."""
+    return max(1, min(n_rows, max(MIN_ROWS, CHUNK_ELEMENTS // vocab_size)))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients chunk by chunk during the forward pass, while a chunk's logits exist.
+
+    The logits are made once and never kept: no more FLOPs than the plain loss, and memory for one chunk of logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, rows: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        matrix = weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = (part @ matrix.T).float()  # softmax in fp32: bf16 has 8 bits of mantissa
+            valid = target != IGNORE
+            index = target.clamp(min=0)[:, None]
+            log_z = logits.logsumexp(-1)
+            total += ((log_z - logits.gather(-1, index).squeeze(-1)) * valid).sum()
+            if not (need_hidden or need_weight):
+                continue
+            # d loss / d logits = (softmax − onehot) · scale at the positions that count
+            grad = logits.sub_(log_z[:, None]).exp_()
+            grad.scatter_add_(-1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+            grad = grad.mul_((valid * scale)[:, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, matrix, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                if grad_weight.dtype == grad.dtype:
+                    grad_weight.addmm_(grad.T, part)
+                else:
+                    grad_weight += grad.T @ part
+        saved = [g for g in (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)) if g is not None]
+        ctx.needs = (need_hidden, need_weight)
+        ctx.save_for_backward(*saved)
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        need_hidden, need_weight = ctx.needs
+        grad_hidden = saved.pop(0) * grad_output if need_hidden else None
+        grad_weight = saved.pop(0) * grad_output if need_weight else None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """scale · Σ cross-entropy(hidden weightᵀ, targets) over the positions whose target is not ``IGNORE``.
+
+    Args:
+        hidden: (N, C); weight: (V, C); targets: (N,) int64.
+        scale: 1 / (positions that count in the whole accumulated batch) gives the mean.
+        chunk: positions whose logits exist at a time; default: as many as ``CHUNK_ELEMENTS`` allows.
+
+    Returns: scalar fp32. Differentiable once, with respect to ``hidden`` and ``weight``. Under autocast the products
+    run in the autocast dtype, the softmax in fp32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
+    with torch.autocast(device, enabled=False):
+        if rows >= hidden.shape[0]:  # one chunk: the plain loss, whose few kernels are quicker on small logits
+            logits = (hidden @ weight.to(hidden.dtype).T).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * scale
+        return _LinearCrossEntropy.apply(hidden, weight, targets, scale, rows)
+
+
+def linear_cross_entropy_terms(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """The cross-entropy of each position (N,), fp32, 0 where the target is ``IGNORE``. No gradient; for evaluation."""
+    rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
+    with torch.no_grad():
+        parts = [
+            F.cross_entropy((h @ weight.T.to(h.dtype)).float(), t, ignore_index=IGNORE, reduction="none")
+            for h, t in zip(hidden.split(rows), targets.split(rows))
+        ]
+    return torch.cat(parts)

@@ -1,0 +1,136 @@
+"""The plan of a run: phases, memory, FLOPs and disk, before anything runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import DataConfig
+from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
+from stackwise.growth.curricula import build_phases
+from stackwise.growth.phases import Phase
+from stackwise.ops.precision import resolve_compute_dtype, resolve_device
+from stackwise.planning.cost import ADAM_BYTES, PhaseCost, phase_coster
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The phases of a run and what a step of each costs."""
+
+    phases: list[Phase]
+    costs: list[PhaseCost]
+    device: torch.device
+    compute_dtype: torch.dtype | None
+    vocab_size: int
+
+
+def plan_phases(config: StackWiseConfig, vocab_size: int) -> Planned:
+    """Plans without data or weights."""
+    device = resolve_device(config.training.device)
+    dtype = resolve_compute_dtype(config.training, device)
+    cost = phase_coster(config, vocab_size, dtype)
+    phases = build_phases(config, lambda phase: cost(phase).flops)
+    return Planned(phases, [cost(phase) for phase in phases], device, dtype, vocab_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens of the whole run; costs are of one step."""
+
+    phases: list[Phase]
+    costs: list[PhaseCost]
+    device: torch.device
+    tokens_per_step: int
+    disk_bytes: int
+    limit: int | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(cost.peak for cost in self.costs)
+
+    @property
+    def flops(self) -> float:
+        return sum(phase.steps * cost.flops for phase, cost in zip(self.phases, self.costs))
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit is None else self.peak_memory_bytes <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "phases": [
+                {
+                    "name": phase.name,
+                    "stack": phase.stack,
+                    "stacks": list(phase.stacks),
+                    "trains": list(phase.trains),
+                    "steps": phase.steps,
+                    "trainable_parameters": cost.trainable_parameters,
+                    "memory_bytes": cost.memory(),
+                    "flops": phase.steps * cost.flops,
+                    "tokens": phase.steps * self.tokens_per_step,
+                }
+                for phase, cost in zip(self.phases, self.costs)
+            ],
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "flops": self.flops,
+            "disk_bytes": self.disk_bytes,
+            "fits": self.fits,
+        }
+
+
+def expected_vocab_size(data: DataConfig) -> tuple[int, bool]:
+    """The tokenizer's vocabulary without reading the corpus, and whether that is certain."""
+    tokenizer = data.tokenizer
+    match tokenizer.kind:
+        case "bytes":
+            return 256 + len(BUILT_IN_SPECIALS), True
+        case "bpe":
+            return tokenizer.vocab_size, True
+        case "pretrained":
+            assert tokenizer.path is not None
+            return open_pretrained(tokenizer.path).vocab_size, True
+        case "characters":
+            return USUAL_CHARACTERS, False
+
+
+USUAL_CHARACTERS = 100
+"""Distinct characters of an English text, about."""
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that the device has in all; ``None`` where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None) -> Plan:
+    """Plans the run of ``config``. ``limit``: bytes it must fit into; default what the device has."""
+    vocab_size, exact = expected_vocab_size(config.data)
+    notes = []
+    if config.model.vocab_size is not None:
+        vocab_size = config.model.vocab_size
+    elif not exact:
+        notes.append(
+            f"the vocabulary is not known before the data is read; this plan takes {vocab_size:,} "
+            "(set model.vocab_size to plan with another)"
+        )
+    planned = plan_phases(config, vocab_size)
+    last = planned.costs[-1]
+    # A checkpoint holds the weights and the moments of what trains; one more exists while the oldest is deleted.
+    checkpoint = max(4 * c.parameters + ADAM_BYTES * c.trainable_parameters for c in planned.costs)
+    disk = (config.training.checkpoint.keep_last + 1) * checkpoint
+    assert last.parameters >= planned.costs[0].parameters
+    if limit is None:
+        limit = available_memory(planned.device)
+    tokens = config.training.batch_size * config.training.seq_len
+    return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes)

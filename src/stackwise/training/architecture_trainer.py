@@ -1,0 +1,3 @@
+from stackwise.training.trainers import ArchitectureTrainer
+
+__all__ = ["ArchitectureTrainer"]

@@ -1,0 +1,522 @@
+"""Checkpoints as a content-addressed store: safetensors objects named by their hash, and JSON manifests.
+
+``FOLDER/objects/<sha256>.safetensors`` holds the tensors of one part (a Stack, the embedding, the optimizer…);
+``FOLDER/step-<step>.json`` names the objects of one checkpoint and is renamed into place last, so that a checkpoint is
+there whole or not at all. A part that did not change is written once, whatever the number of checkpoints that hold it.
+Every load compares the bytes it returns with the object's name. No pickle.
+
+The file format is https://github.com/huggingface/safetensors#format. It is written and read here, one tensor at a time,
+because the library's writer copies a whole part in memory first, and its reader returns tensors that still depend on
+the file (a memory map) after the file's hash was compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from stackwise.errors import RunError
+from stackwise.training.rundir import TEMPORARY_SUFFIX, sync_directory, write_atomic
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 1 << 26
+"""Tensors are hashed, written and read in pieces of this size, the most that is copied at once."""
+
+# The names that safetensors gives to the dtypes.
+DTYPE_CODES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+_MANIFEST_NAME = re.compile(r"step-(\d{8,})\.json")
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of a file is reached",
+}
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or is missing or damaged; the message says which and what still works."""
+
+
+@dataclass(frozen=True)
+class _Object:
+    """What a manifest says about one part: the hash that names its file, and the file's size."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    step: int
+    parts: dict[str, _Object]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved step. ``parts[name]`` (or ``part(name)``) reads that part's tensors and checks them, each time anew."""
+
+    step: int
+    state: dict[str, Any]
+    parts: Mapping[str, dict[str, Tensor]]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, on the device given to ``load``; nothing else is read."""
+        return self.parts[name]
+
+
+class CheckpointStore:
+    """The checkpoints in ``folder`` (``RUN/checkpoints``), of which the newest ``keep_last`` are kept.
+
+    One process at a time may save (``RunDir.lock`` sees to it); any number may load. Nothing is made or deleted
+    before the first ``save``.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; at least one checkpoint must be kept")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self._objects = self.folder / "objects"
+        self._verified: set[str] = set()  # hashes of objects this process has written or read whole
+        self._latest: dict[str, _Object] = {}  # the parts of the checkpoint last saved or loaded here
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints whose manifest is sound and whose objects are there, ascending.
+
+        The objects' bytes are not read; loading does that.
+        """
+        return [manifest.step for manifest in self._complete()]
+
+    def has_any(self) -> bool:
+        """Whether a checkpoint was ever saved here: a damaged one counts, and is ``load``'s error to raise."""
+        return bool(self._manifest_steps())
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        unchanged: Collection[str] = (),
+    ) -> Path:
+        """Writes the checkpoint of ``step`` and returns its manifest, then deletes what is no longer kept.
+
+        ``unchanged`` names parts that are bit-identical to those of the checkpoint that this store last saved or
+        loaded (frozen Stacks): they are not hashed again, provided that this process wrote or read their object.
+        ``state`` is JSON with finite numbers and comes back equal. Checkpoints of later steps are deleted: they belong
+        to a course of training that this one, resumed before them, has left.
+
+        CheckpointError when it cannot be written; the checkpoints before it are then as they were.
+        """
+        assert set(unchanged) <= set(parts), f"unchanged parts that are not given: {set(unchanged) - set(parts)}"
+        text = json.dumps(state, allow_nan=False)
+        if json.loads(text) != state:
+            raise ValueError("the state of a checkpoint must come back from JSON as it was: no tuples, no integer keys")
+        entries: dict[str, _Object] = {}
+        missing: dict[str, str] = {}  # hash -> a part with that content
+        needed_bytes = 0
+        try:
+            for name, tensors in parts.items():
+                known = self._reusable(name, tensors) if name in unchanged else None
+                entry = entries[name] = known or _hash_part(name, tensors)
+                if entry.sha256 not in missing and not self._holds(entry):
+                    missing[entry.sha256] = name
+                    needed_bytes += entry.bytes
+            manifest = _Manifest(step, entries, state)
+            manifest_bytes = _manifest_bytes(manifest)
+            needed_bytes += len(manifest_bytes)
+            self._make_folders()
+            for sha256, name in missing.items():
+                write_atomic(self._object_path(sha256), _serialise(name, parts[name]))
+                self._verified.add(sha256)
+            sync_directory(self._objects)
+            path = self._manifest_path(step)
+            write_atomic(path, [manifest_bytes])
+            sync_directory(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the error to report is the first one
+                self._delete_unnamed()
+            self._raise_unwritten(step, error, needed_bytes)
+        self._latest = manifest.parts
+        try:
+            self._retain(step)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} is saved, but an older one cannot be deleted from {self.folder}: "
+                f"{error.strerror or error}"
+            ) from error
+        return path
+
+    def load(self, step: int | None = None, device: str | torch.device = "cpu") -> Checkpoint:
+        """The checkpoint of ``step``, or the newest. Its parts are read, and checked, when they are asked for.
+
+        CheckpointError when there is none, or its manifest is damaged, or an object is missing or of the wrong size.
+        """
+        steps = self._manifest_steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no checkpoint")
+        if step is None:
+            step = steps[-1]
+        elif step not in steps:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint of step {step}, but of {', '.join(map(str, steps))}"
+            )
+        try:
+            manifest = self._read_manifest(step)
+            for name, entry in manifest.parts.items():
+                self._check_size(step, name, entry)
+        except CheckpointError as error:
+            raise self._with_advice(error, step) from error
+        self._latest = manifest.parts
+        return Checkpoint(step, manifest.state, _Parts(self, manifest, torch.device(device)))
+
+    def _read_part(self, manifest: _Manifest, name: str, device: torch.device) -> dict[str, Tensor]:
+        try:
+            return self._read_object(manifest.step, name, manifest.parts[name], device)
+        except CheckpointError as error:
+            raise self._with_advice(error, manifest.step) from error
+
+    # Files and their names.
+
+    def _manifest_path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.json"
+
+    def _object_path(self, sha256: str) -> Path:
+        return self._objects / f"{sha256}.safetensors"
+
+    def _manifest_steps(self) -> list[int]:
+        """Steps that have a manifest, sound or not, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_MANIFEST_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _make_folders(self) -> None:
+        if not self._objects.is_dir():
+            self._objects.mkdir(parents=True, exist_ok=True)
+            sync_directory(self.folder)
+            sync_directory(self.folder.parent)
+
+    # Reading.
+
+    def _read_manifest(self, step: int) -> _Manifest:
+        path = self._manifest_path(step)
+        try:
+            data = json.loads(path.read_bytes())
+            digest = data.pop("sha256")
+            if digest != _digest_of(data):
+                raise ValueError("its content does not match its sha256")
+            if data["step"] != step:
+                raise ValueError(f"it is of step {data['step']}")
+            if data["format"] != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} has format {data['format']} in {path}; "
+                    f"this version of StackWise reads {FORMAT_VERSION}"
+                )
+            parts = {name: _Object(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
+            return _Manifest(data["step"], parts, data["state"])
+        except OSError as error:
+            problem = error.strerror or str(error)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"the manifest is damaged ({error})"
+        raise CheckpointError(f"the checkpoint of step {step} cannot be read: {path}: {problem}")
+
+    def _check_size(self, step: int, name: str, entry: _Object) -> None:
+        path = self._object_path(entry.sha256)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            self._raise_damaged(step, name, path, "the file is missing" if missing else error.strerror or str(error))
+        if size != entry.bytes:
+            self._raise_damaged(step, name, path, f"the file has {size} bytes instead of {entry.bytes}")
+
+    def _read_object(self, step: int, name: str, entry: _Object, device: torch.device) -> dict[str, Tensor]:
+        self._check_size(step, name, entry)
+        path = self._object_path(entry.sha256)
+        try:
+            tensors = _read_safetensors(path, entry)
+        except OSError as error:
+            self._raise_damaged(step, name, path, error.strerror or str(error))
+        except ValueError as error:
+            self._raise_damaged(step, name, path, str(error))
+        self._verified.add(entry.sha256)
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+    @staticmethod
+    def _raise_damaged(step: int, name: str, path: Path, problem: str) -> NoReturn:
+        raise CheckpointError(f"the checkpoint of step {step} is damaged in part {name!r}: {path}: {problem}")
+
+    def _complete(self) -> list[_Manifest]:
+        """Manifests that are sound and whose objects are there with the right size, ascending."""
+        complete = []
+        for step in self._manifest_steps():
+            with contextlib.suppress(CheckpointError):  # incomplete is the answer here; load says what is wrong
+                manifest = self._read_manifest(step)
+                for name, entry in manifest.parts.items():
+                    self._check_size(step, name, entry)
+                complete.append(manifest)
+        return complete
+
+    def _is_intact(self, manifest: _Manifest) -> bool:
+        """Reads every byte of a checkpoint."""
+        return all(_hash_file(self._object_path(entry.sha256)) == entry.sha256 for entry in manifest.parts.values())
+
+    def _intact_step(self, besides: int) -> int | None:
+        """The newest checkpoint before ``besides`` that can be loaded, else the first one after it."""
+        others = [manifest for manifest in self._complete() if manifest.step != besides]
+        others.sort(key=lambda manifest: (manifest.step > besides, abs(manifest.step - besides)))
+        return next((manifest.step for manifest in others if self._is_intact(manifest)), None)
+
+    def _with_advice(self, error: CheckpointError, step: int) -> CheckpointError:
+        intact = self._intact_step(besides=step)
+        if intact is None:
+            return CheckpointError(f"{error}; no other checkpoint is intact")
+        command = f"stackwise resume {self.folder.parent} --step {intact}"
+        return CheckpointError(f"{error}; the checkpoint of step {intact} is intact: {command}")
+
+    # Writing.
+
+    def _reusable(self, name: str, tensors: Mapping[str, Tensor]) -> _Object | None:
+        """The object of an unchanged part, where this process knows it to be good and it is of this part's size."""
+        entry = self._latest.get(name)
+        if entry is None or entry.sha256 not in self._verified or not self._holds(entry):
+            return None
+        header, data_bytes = _header(name, tensors)
+        return entry if entry.bytes == len(header) + data_bytes else None
+
+    def _holds(self, entry: _Object) -> bool:
+        """Whether the object is in the store and good; one this process has not seen whole is read for that."""
+        path = self._object_path(entry.sha256)
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            return False
+        if entry.sha256 not in self._verified:
+            if _hash_file(path) != entry.sha256:
+                return False
+            self._verified.add(entry.sha256)
+        return True
+
+    def _retain(self, step: int) -> None:
+        """Deletes manifests after ``step``, damaged ones and those before the newest ``keep_last``; then the rest."""
+        kept = [manifest.step for manifest in self._complete() if manifest.step <= step][-self.keep_last :]
+        dropped = [other for other in self._manifest_steps() if other not in kept]
+        for other in dropped:
+            self._manifest_path(other).unlink(missing_ok=True)
+        if dropped:
+            sync_directory(
+                self.folder
+            )  # before the objects go, or a power cut could bring a manifest back without them
+        self._delete_unnamed()
+
+    def _delete_unnamed(self) -> None:
+        """Deletes the objects that no manifest names and the files that a killed process left half written.
+
+        Nothing but half-written files goes while a manifest cannot be read, since what it names is then unknown.
+        """
+        for folder in (self.folder, self._objects):
+            for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                path.unlink(missing_ok=True)
+        try:
+            manifests = [self._read_manifest(step) for step in self._manifest_steps()]
+        except CheckpointError:
+            return
+        named = {entry.sha256 for manifest in manifests for entry in manifest.parts.values()}
+        for path in self._objects.glob("*.safetensors"):
+            if path.stem not in named:
+                path.unlink(missing_ok=True)
+                self._verified.discard(path.stem)
+
+    def _raise_unwritten(self, step: int, error: OSError, needed_bytes: int) -> NoReturn:
+        if error.errno in _FULL:
+            problem = f"{_FULL[error.errno]}: the checkpoint of step {step} needs {needed_bytes / 1e6:.1f} MB more"
+            problem += f" in {self.folder}"
+        else:
+            problem = f"the checkpoint of step {step} cannot be written in {self.folder}: "
+            problem += error.strerror or str(error)
+        intact = self._intact_step(besides=step)
+        rest = "no other checkpoint is intact" if intact is None else f"the checkpoint of step {intact} is intact"
+        raise CheckpointError(f"{problem}; {rest}") from error
+
+
+class _Parts(Mapping[str, dict[str, Tensor]]):
+    """The parts of a checkpoint, read when indexed."""
+
+    def __init__(self, store: CheckpointStore, manifest: _Manifest, device: torch.device) -> None:
+        self._store, self._manifest, self._device = store, manifest, device
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if name not in self._manifest.parts:
+            raise KeyError(name)
+        return self._store._read_part(self._manifest, name, self._device)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the part
+        return name in self._manifest.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.parts)
+
+    def __len__(self) -> int:
+        return len(self._manifest.parts)
+
+
+def weights_sha256(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of tensors, in the order of their names.
+
+    The tensors' device, strides and order do not count. A few MB are copied at a time. ValueError on a name twice.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named_tensors:
+        if name in tensors:
+            raise ValueError(f"two tensors are named {name!r}")
+        tensors[name] = tensor
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hasher.update(json.dumps([name, _code(name, tensor), list(tensor.shape)]).encode() + b"\n")
+        for chunk in _tensor_bytes(tensor):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _code(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPE_CODES:
+        raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be saved; {', '.join(map(str, DTYPE_CODES))} can")
+    return DTYPE_CODES[tensor.dtype]
+
+
+def _tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's elements in row-major order, in pieces; only a tensor that is not contiguous is copied whole."""
+    flat = tensor.detach().contiguous().view(-1)
+    for piece in flat.split(max(1, CHUNK_BYTES // flat.element_size())) if flat.numel() else ():
+        yield piece.cpu().view(torch.uint8).numpy().data
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names by falling element size, then alphabetically: every tensor's bytes are then aligned to its elements."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(part: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
+    """The length and header of a safetensors file, padded to 8 bytes, and the number of data bytes after it."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for name in _ordered(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        code = _code(f"{part}.{name}", tensor)
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offset
+
+
+def _serialise(part: str, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: a function of the tensors' names, dtypes, shapes and values alone."""
+    yield _header(part, tensors)[0]
+    for name in _ordered(tensors):
+        yield from _tensor_bytes(tensors[name])
+
+
+def _hash_part(part: str, tensors: Mapping[str, Tensor]) -> _Object:
+    hasher, size = hashlib.sha256(), 0
+    for chunk in _serialise(part, tensors):
+        hasher.update(chunk)
+        size += len(chunk)
+    return _Object(hasher.hexdigest(), size)
+
+
+def _hash_file(path: Path) -> str | None:
+    """The sha256 of a file, None when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _read_safetensors(path: Path, entry: _Object) -> dict[str, Tensor]:
+    """The tensors of an object in memory of their own, hashed as they are read. ValueError when it is damaged."""
+    hasher = hashlib.sha256()
+    damaged = "its content does not match its sha256"
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if 8 + length > entry.bytes:
+            raise ValueError(damaged)
+        header = file.read(length)
+        hasher.update(prefix)
+        hasher.update(header)
+        try:
+            layout = [
+                (name, CODE_DTYPES[item["dtype"]], item["shape"], *item["data_offsets"])
+                for name, item in json.loads(header).items()
+            ]
+            layout.sort(key=lambda item: item[3:])
+            at = 0
+            for _, _, _, start, end in layout:
+                if start != at or not isinstance(end, int) or end < start:
+                    raise ValueError(damaged)
+                at = end
+            if 8 + length + at != entry.bytes:
+                raise ValueError(damaged)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(damaged) from None
+        buffers = []
+        for _, _, _, start, end in layout:
+            buffer = torch.empty(end - start, dtype=torch.uint8)
+            view = buffer.numpy().data
+            for first in range(0, len(view), CHUNK_BYTES):
+                piece = view[first : first + CHUNK_BYTES]
+                if file.readinto(piece) != len(piece):
+                    raise ValueError("the file ends too early")
+                hasher.update(piece)
+            buffers.append(buffer)
+    if hasher.hexdigest() != entry.sha256:
+        raise ValueError(damaged)
+    return {name: buffer.view(dtype).reshape(shape) for (name, dtype, shape, _, _), buffer in zip(layout, buffers)}
+
+
+def _manifest_bytes(manifest: _Manifest) -> bytes:
+    data: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "step": manifest.step,
+        "parts": {name: {"object": entry.sha256, "bytes": entry.bytes} for name, entry in manifest.parts.items()},
+        "state": manifest.state,
+    }
+    return json.dumps({**data, "sha256": _digest_of(data)}, allow_nan=False, indent=1).encode() + b"\n"
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's canonical JSON (keys sorted, no spaces), its own ``sha256`` left out."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

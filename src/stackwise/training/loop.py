@@ -1,0 +1,352 @@
+"""The one training loop: it runs a list of phases.
+
+Every number that a step depends on (batch, masks, dropout, learning rate) is a function of the seed and the step, so a
+checkpoint holds weights, moments and counters, and no iterator or generator state; a resumed run takes the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.errors import RunError, StoppedBySignal, UserError
+from stackwise.growth.phases import Phase
+from stackwise.growth.rack_builder import grow_rack, set_trainable
+from stackwise.model.architecture import Rack
+from stackwise.model.initialisation import generator
+from stackwise.objectives.base import Example, Objective
+from stackwise.objectives.scoring import Validation
+from stackwise.ops.precision import autocast
+from stackwise.training.assertions import TrainingCheck
+from stackwise.training.checkpoints import Checkpoint, CheckpointStore
+from stackwise.training.memory import PeakMemory
+from stackwise.training.optimizers import (
+    create_optimizer,
+    flatten,
+    moments_for_phase,
+    moments_of,
+    set_moments,
+    trained_parameters,
+    unflatten,
+)
+from stackwise.training.progress import Reporter
+from stackwise.training.rundir import RunDir
+from stackwise.training.schedules import lr_ratio
+from stackwise.training.signals import StopRequest
+from stackwise.training.tracking import Tracker
+
+
+class ExampleSource(Protocol):
+    """Gives the example of each step; a pure function of the step where a run is to be resumed."""
+
+    def example(self, step: int) -> Example: ...
+
+
+@dataclass
+class PhaseRecord:
+    """What ``summary.json`` says of a phase."""
+
+    name: str
+    stack: int | None
+    steps: int
+    tokens: int = 0
+    flops: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_loss: float | None = None
+    bits_per_byte: float | None = None
+    trainable_parameters: int = 0
+    peak_memory_bytes: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class RunState:
+    """Where a run is. Everything but weights and moments; JSON in a checkpoint."""
+
+    step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    records: list[PhaseRecord] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunState:
+        return cls(**{**data, "records": [PhaseRecord(**record) for record in data["records"]]})
+
+
+class Loop:
+    """Trains ``rack`` through ``phases``.
+
+    Args:
+        rack: without the Stacks that the phases add; with those of the phase in progress when resuming.
+        phases: in order.
+        source: the example of each step.
+        objective: the loss.
+        config: batch, optimizer, clipping, logging and checkpoint settings.
+        step_flops: true FLOPs of one step of each phase, in order.
+        device, compute_dtype: where and in what products run.
+        peak_flops: of the device, for MFU; ``None`` leaves MFU out.
+        validate: scores the Rack; ``None`` skips validation.
+        run: where metrics and checkpoints go; ``None`` keeps nothing.
+        reporter: what people see.
+        fingerprint: of config and data, stored in checkpoints.
+        checkpoint: to go on from.
+    """
+
+    def __init__(
+        self,
+        rack: Rack,
+        phases: Sequence[Phase],
+        source: ExampleSource,
+        objective: Objective,
+        config: StackWiseConfig,
+        *,
+        step_flops: Sequence[float],
+        device: torch.device,
+        compute_dtype: torch.dtype | None,
+        peak_flops: float | None,
+        validate: Callable[[Rack], Validation] | None,
+        run: RunDir | None,
+        reporter: Reporter,
+        memory: PeakMemory,
+        fingerprint: str = "",
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.rack, self.phases, self.source, self.objective = rack, list(phases), source, objective
+        self.config, self.step_flops = config, step_flops
+        self.device, self.compute_dtype, self.peak_flops = device, compute_dtype, peak_flops
+        self.validate, self.run, self.reporter, self.memory = validate, run, reporter, memory
+        self.fingerprint = fingerprint
+        self.state = RunState()
+        self.validation: Validation | None = None
+        settings = config.training.checkpoint
+        self.store = CheckpointStore(run.checkpoints, settings.keep_last) if run else None
+        self.tracker = Tracker(run.path if run and config.training.logging.tensorboard else None)
+        self._moments: dict[str, dict[str, torch.Tensor]] = {}
+        self._saved_frozen: set[str] = set()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    # ---- the run
+
+    def train(self) -> RunState:
+        """Runs what is left of the phases. Raises ``StoppedBySignal`` once a checkpoint is saved, ``RunError``."""
+        state = self.state
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            stack.callback(self.tracker.close)
+            while state.phase < len(self.phases):
+                phase = self.phases[state.phase]
+                if state.phase_step < phase.steps:
+                    self._run_phase(phase, stop)
+                state.phase += 1
+                if state.phase < len(self.phases):
+                    state.phase_step = 0
+        return state
+
+    def _run_phase(self, phase: Phase, stop: StopRequest) -> None:
+        """The steps of one phase: evaluate, save, step, log."""
+        state, training, rack = self.state, self.config.training, self.rack
+        started = time.perf_counter()
+        present = {stack.stack_id for stack in rack.stacks}
+        if phase.growth is not None and phase.growth.stack not in present:
+            grow_rack(rack, phase.growth, phase.stacks, self.config)
+        rack.to(self.device)
+        rack.checkpoint_activations(training.activation_checkpointing)
+        set_trainable(rack, phase.trains)
+        if training.compile:
+            # Fresh graphs: a compiled graph does not notice that requires_grad changed.
+            torch._dynamo.reset()
+            for module in rack.stacks:
+                module.compile(dynamic=False)
+        parameters = trained_parameters(rack)
+        optimizer = create_optimizer(parameters.values(), training.optimizer)
+        resumed = state.phase_step > 0
+        set_moments(
+            optimizer,
+            parameters,
+            self._moments if resumed else moments_for_phase(phase, self._moments, parameters),
+        )
+        self._moments = {}
+        if not resumed:
+            count = sum(p.numel() for p in parameters.values())
+            state.records.append(PhaseRecord(phase.name, phase.stack, phase.steps, trainable_parameters=count))
+        record = state.records[-1]
+        check = TrainingCheck(rack, parameters, phase.schedule.warmup_steps)
+        self.memory.reset()
+        self.reporter.phase(self._describe(phase, record), phase.steps, state.phase_step)
+        flops = self.step_flops[state.phase]
+        log_tokens, log_flops, log_time = state.tokens, state.flops, time.perf_counter()
+
+        while state.phase_step < phase.steps:
+            ratio = lr_ratio(phase.schedule, state.phase_step)
+            for group in optimizer.param_groups:
+                group["lr"] = training.optimizer.lr * ratio
+            loss, grad_norm, n_tokens = self._step(optimizer, parameters, check)
+            state.step += 1
+            state.phase_step += 1
+            state.tokens += n_tokens
+            state.flops += flops
+            record.tokens += n_tokens
+            record.flops += flops
+            record.first_loss = loss if record.first_loss is None else record.first_loss
+            record.last_loss = loss
+            last = state.phase_step == phase.steps
+
+            due = training.evaluation.every_steps
+            evaluate = self.validate is not None and (last or (due is not None and state.step % due == 0))
+            metrics = None
+            if state.step % training.logging.every_steps == 0 or last or state.step == 1 or evaluate:
+                now = time.perf_counter()
+                elapsed = now - log_time
+                metrics = {
+                    "step": state.step,
+                    "phase": phase.name,
+                    "stack": phase.stack,
+                    "tokens": state.tokens,
+                    "loss": loss,
+                    "lr": training.optimizer.lr * ratio,
+                    "grad_norm": grad_norm,
+                    "tokens_per_second": (state.tokens - log_tokens) / elapsed,
+                    "mfu": (state.flops - log_flops) / elapsed / self.peak_flops if self.peak_flops else None,
+                    "memory_bytes": self.memory.peak(),
+                    "flops": state.flops,
+                }
+                log_tokens, log_flops = state.tokens, state.flops
+            self.reporter.step(state.phase_step, metrics)
+
+            if self.validate is not None and evaluate and metrics is not None:
+                self.validation = self.validate(rack)
+                metrics["validation_loss"] = self.validation.loss
+                if last:
+                    record.validation_loss = self.validation.loss
+                    record.bits_per_byte = self.validation.bits_per_byte
+            if metrics is not None:
+                self._log(metrics)
+            save = last or bool(stop) or state.step % training.checkpoint.every_steps == 0
+            if save:
+                peak = self.memory.peak()
+                if peak is not None:
+                    record.peak_memory_bytes = max(peak, record.peak_memory_bytes or 0)
+                elapsed = time.perf_counter() - started
+                record.seconds += elapsed
+                state.seconds, started = state.seconds + elapsed, time.perf_counter()
+                self._save(phase, optimizer, parameters)
+            if metrics is not None or save:
+                log_time = time.perf_counter()
+            if stop and not (last and state.phase == len(self.phases) - 1):
+                raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; its checkpoint is saved")
+        self._moments = moments_of(optimizer, parameters)
+        self.reporter.note(self._phase_end(record))
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], check: TrainingCheck
+    ) -> tuple[float, float, int]:
+        """One optimizer step: (mean loss of the tokens that count, gradient norm, tokens read)."""
+        training, state = self.config.training, self.state
+        if self.config.model.dropout:
+            torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
+        example = self.source.example(state.step).to(self.device)
+        count = example.n_targets
+        if count == 0:
+            raise RunError(f"step {state.step}: no token of the batch counts in the loss; raise batch_size or seq_len")
+        total = torch.zeros((), device=self.device)
+        for micro in example.micro_batches(training.micro_batch_size or len(example.inputs)):
+            with autocast(self.device, self.compute_dtype):
+                loss = self.objective.loss(self.rack, micro, 1.0 / count)
+            loss.backward()
+            total += loss.detach()
+        if not check.done:
+            check.after_backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        loss_value, norm_value = float(total), float(norm)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
+            raise RunError(
+                f"step {state.step}: {what}; nothing was updated, the last checkpoint is good; "
+                "a lower training.optimizer.lr or a longer warm-up is the usual cure"
+            )
+        if training.grad_clip is not None and norm_value > training.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not check.done:
+            check.after_step()
+        return loss_value, norm_value, example.inputs.numel()
+
+    # ---- saving, logging, telling
+
+    def _save(self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> None:
+        if self.store is None:
+            return
+        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.rack.parts()}
+        for part, name, parameter in self.rack.part_parameters():
+            parts[part][name] = parameter.detach()
+        frozen = {name for name in parts if name not in phase.trains}
+        parts["optimizer"] = flatten(moments_of(optimizer, parameters))
+        state = {
+            "fingerprint": self.fingerprint,
+            "stacks": [stack.stack_id for stack in self.rack.stacks],
+            "run": self.state.to_dict(),
+        }
+        self.store.save(self.state.step, parts, state, unchanged=frozen & self._saved_frozen)
+        self._saved_frozen = frozen
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Takes up weights, moments and counters; the Rack already has the right Stacks."""
+        if checkpoint.state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                "the checkpoint belongs to other settings or other data than this run's; "
+                "config.yaml or the text behind data.path was changed: start a new run"
+            )
+        load_rack_weights(self.rack, checkpoint)
+        self._moments = unflatten(checkpoint.part("optimizer"))
+        self.state = RunState.from_dict(checkpoint.state["run"])
+        assert self.run is not None
+        self.run.truncate_metrics(self.state.step)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.append_metrics(metrics)
+        self.tracker.log(metrics)
+
+    def _describe(self, phase: Phase, record: PhaseRecord) -> str:
+        total = sum(p.numel() for p in self.rack.parameters())
+        how = ""
+        if phase.growth is not None and len(phase.stacks) > 1:
+            source = f" of stack {phase.growth.source}" if phase.growth.source is not None else ""
+            how = f", new stack: {phase.growth.init}{source}"
+        return (
+            f"phase {self.state.phase + 1}/{len(self.phases)}  {phase.name}: {len(phase.stacks)} stacks, "
+            f"{record.trainable_parameters:,} of {total:,} parameters train, {phase.steps:,} steps{how}"
+        )
+
+    def _phase_end(self, record: PhaseRecord) -> str:
+        text = f"  {record.name}: training loss {record.last_loss:.4f}"
+        if record.validation_loss is not None:
+            text += f", validation loss {record.validation_loss:.4f}"
+        if record.bits_per_byte is not None:
+            text += f" ({record.bits_per_byte:.4f} bits per byte)"
+        return f"{text}, {record.seconds:.0f} s"
+
+
+def load_rack_weights(rack: Rack, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint's weights into a Rack that has the same parts."""
+    with torch.no_grad():
+        for name, module in rack.parts().items():
+            tensors = checkpoint.part(name)
+            for key, parameter in module.named_parameters():
+                parameter.copy_(tensors[key])

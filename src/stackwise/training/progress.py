@@ -1,0 +1,167 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Reporter(Protocol):
+    """Receives what happens in a run."""
+
+    def note(self, text: str) -> None:
+        """A line worth keeping."""
+        ...
+
+    def work(self, description: str, done: int, total: int | None) -> None:
+        """Progress of something that is not training, in any unit; ``done == total`` ends it."""
+        ...
+
+    def phase(self, text: str, total_steps: int, done: int) -> None:
+        """A phase starts (or goes on, after ``done`` steps)."""
+        ...
+
+    def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
+        """A step of the phase is done; ``metrics`` when they were logged."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SilentReporter:
+    """Says nothing; for use as a library."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def work(self, description: str, done: int, total: int | None) -> None:
+        pass
+
+    def phase(self, text: str, total_steps: int, done: int) -> None:
+        pass
+
+    def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def metrics_line(metrics: Mapping[str, Any]) -> str:
+    """The few numbers that a person follows."""
+    parts = [
+        f"step {metrics['step']}",
+        f"loss {metrics['loss']:.3f}",
+        f"lr {metrics['lr']:.2e}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if metrics.get("mfu") is not None:
+        parts.append(f"MFU {100 * metrics['mfu']:.0f} %")
+    return "  ".join(parts)
+
+
+class LineReporter:
+    """Plain lines, at most one every ``interval`` seconds for progress."""
+
+    def __init__(self, interval: float = 5.0) -> None:
+        self._interval = interval
+        self._last = 0.0
+        self._total = 0
+
+    def _line(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def work(self, description: str, done: int, total: int | None) -> None:
+        if self._due():
+            share = f"{100 * done / total:.0f} %" if total else f"{done:,}"
+            self._line(f"  {description}: {share}")
+
+    def phase(self, text: str, total_steps: int, done: int) -> None:
+        self._total = total_steps
+        self._line(text)
+
+    def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
+        if metrics is not None and (self._due() or done == self._total):
+            self._line(f"  {done}/{self._total}  {metrics_line(metrics)}")
+
+    def close(self) -> None:
+        pass
+
+
+class LiveReporter:
+    """A bar that follows the steps, and lines that stay above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._description = ""
+
+    def _start(self, description: str, total: int | None, done: int) -> None:
+        self._end()
+        self._bar.start()
+        self._description = description
+        self._task = self._bar.add_task(description, total=total, completed=done, text="")
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task, self._description = None, ""
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def work(self, description: str, done: int, total: int | None) -> None:
+        if description != self._description:
+            self._start(description, total, done)
+        assert self._task is not None
+        self._bar.update(self._task, completed=done, total=total)
+        if total is not None and done >= total:
+            self._end()
+
+    def phase(self, text: str, total_steps: int, done: int) -> None:
+        self.note(text)
+        self._start("  training", total_steps, done)
+
+    def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
+        if self._task is None:
+            return
+        self._bar.update(self._task, completed=done)
+        if metrics is not None:
+            self._bar.update(self._task, text=metrics_line(metrics))
+
+    def close(self) -> None:
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+
+def console_reporter() -> Reporter:
+    """A live bar where stderr is a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    return LiveReporter(console) if console.is_terminal else LineReporter()

@@ -1,0 +1,206 @@
+"""A run from config to summary: prepare the data, plan the phases, train them, and write what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.store import PreparedData, prepare
+from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+from stackwise.errors import ConfigError, StoppedBySignal, UserError
+from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
+from stackwise.objectives import create_objective
+from stackwise.objectives.scoring import Validation, validate
+from stackwise.ops.precision import resolve_device
+from stackwise.planning.devices import peak_flops
+from stackwise.planning.plan import plan_phases
+from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from stackwise.training.loop import Loop, load_rack_weights
+from stackwise.training.memory import PeakMemory
+from stackwise.training.progress import Reporter
+from stackwise.training.rundir import RunDir
+from stackwise.training.sources import ProgressiveDataLoader, TokenSource
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained Rack in evaluation mode, its tokenizer and its config."""
+
+    rack: Rack
+    tokenizer: Tokenizer
+    config: StackWiseConfig
+    step: int
+
+
+def load(path: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> LoadedRun:
+    """The newest checkpoint (or that of ``step``) of the run in ``path``.
+
+    Raises:
+        UserError: no run is there, or it has no checkpoint yet.
+        RunError: the checkpoint is damaged.
+    """
+    run = RunDir.open(path)
+    config = StackWiseConfig.from_yaml(run.config)
+    store = CheckpointStore(run.checkpoints)
+    if not store.has_any():
+        raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} goes on with its training")
+    checkpoint = store.load(step)
+    tokenizer = load_tokenizer(run.tokenizer)
+    rack = _rack_of(checkpoint, config, _vocab_size(config, tokenizer))
+    load_rack_weights(rack, checkpoint)
+    return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint.step)
+
+
+def _rack_of(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int) -> Rack:
+    """The Rack with the checkpoint's Stacks in their order, at initial values."""
+    rack = create_rack_from_config(config, n_stacks=0, vocab_size=vocab_size)
+    rack.stacks.extend(create_stack_from_config(k, config) for k in checkpoint.state["stacks"])
+    return rack
+
+
+def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "set it to null (the tokenizer's) or higher"
+        )
+    return wanted or tokenizer.vocab_size
+
+
+def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
+    """Trains ``config`` into the new run directory ``out``; returns its summary."""
+    resolve_device(config.training.device)  # before anything is written
+    run = RunDir.create(out, config.to_yaml())
+    return _go(run, config, reporter, None)
+
+
+def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) -> dict[str, Any]:
+    """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none."""
+    run = RunDir.open(path)
+    if run.is_complete() and step is None:
+        reporter.note(f"{path} is complete; nothing to do")
+        return run.read_summary()
+    return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+
+
+@contextmanager
+def _interruptible(what: str) -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM before the first step into ``StoppedBySignal``: a resume starts over from the config."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StoppedBySignal(f"stopped while {what}; resume starts there again") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
+    try:
+        with run.lock():
+            return _train(run, config, reporter, step)
+    finally:
+        reporter.close()
+
+
+def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
+    training = config.training
+    with _interruptible("preparing the data"):
+        store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
+        checkpoint = store.load(step) if step is not None or store.has_any() else None
+        if checkpoint is None:
+            run.truncate_metrics(0)
+        data = prepare(config.data, progress=reporter.work)
+        reporter.note(
+            f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
+            f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
+            f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
+        )
+        if not run.tokenizer.exists():
+            data.tokenizer.save(run.tokenizer)
+        objective = create_objective(training, data.tokenizer)
+        loader = ProgressiveDataLoader(data.train, config)
+        planned = plan_phases(config, _vocab_size(config, data.tokenizer))
+        memory = PeakMemory(planned.device)
+        if checkpoint is None:
+            rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
+            if planned.phases[0].growth is None:
+                rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
+        else:
+            rack = _rack_of(checkpoint, config, planned.vocab_size)
+            reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
+
+    def score(rack: Rack) -> Validation:
+        return validate_run(rack, config, data, planned.compute_dtype)
+
+    loop = Loop(
+        rack,
+        planned.phases,
+        TokenSource(loader, objective),
+        objective,
+        config,
+        step_flops=[cost.flops for cost in planned.costs],
+        device=planned.device,
+        compute_dtype=planned.compute_dtype,
+        peak_flops=peak_flops(planned.device, planned.compute_dtype),
+        validate=score,
+        run=run,
+        reporter=reporter,
+        memory=memory,
+        fingerprint=run_fingerprint(config, data),
+        checkpoint=checkpoint,
+    )
+    state = loop.train()
+    validation = loop.validation or score(rack.to(planned.device))
+    peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
+    summary = {
+        "validation": {k: v for k, v in validation.to_dict().items() if k != "tokens"},
+        "tokens": state.tokens,
+        "flops": state.flops,
+        "wall_seconds": state.seconds,
+        "peak_memory_bytes": max(peaks, default=None),
+        "weights_sha256": weights_sha256((f"{part}/{name}", p.detach()) for part, name, p in rack.part_parameters()),
+        "phases": [asdict(record) for record in state.records],
+    }
+    run.write_summary(summary)
+    return summary
+
+
+def validate_run(
+    rack: Rack, config: StackWiseConfig, data: PreparedData, compute_dtype: torch.dtype | None
+) -> Validation:
+    """Scores the validation tokens as the run does."""
+    return validate(
+        rack,
+        create_objective(config.training, data.tokenizer),
+        data.validation,
+        seq_len=config.training.seq_len,
+        batch_size=config.training.micro_batch_size or config.training.batch_size,
+        bytes_per_token=data.bytes_per_token,
+        max_tokens=config.training.evaluation.max_tokens,
+        compute_dtype=compute_dtype,
+    )
+
+
+def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
+    """A hash of the data and of every setting that decides what the steps compute."""
+    settings = config.to_dict()
+    for key in ("device", "logging", "checkpoint"):
+        settings["training"].pop(key)
+    settings["data"] = data.key
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

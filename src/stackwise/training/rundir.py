@@ -1,0 +1,262 @@
+"""The run directory: what it holds, who may train in it, and how its small files are written without tearing.
+
+``config.yaml`` (resolved), ``tokenizer/``, ``metrics.jsonl`` (one object a logged step), ``checkpoints/``, ``cache/``
+and, once the run is complete, ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from stackwise.errors import RunError, UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ends the name of every file that is still being written; such a file can be deleted when nobody writes."""
+
+
+def sync_directory(folder: Path) -> None:
+    """Makes the names in ``folder`` durable (a rename or a deletion is not, until its directory is synced)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes ``chunks`` to a temporary file beside ``path``, syncs it and renames it into place.
+
+    ``path`` holds its old content or all of the new one, never a part. The rename itself is durable after
+    ``sync_directory(path.parent)``. Raises OSError, leaving no temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes ``text`` as UTF-8, durably and never in part. RunError in one line when it cannot."""
+    path = Path(path)
+    try:
+        write_atomic(path, [text.encode()])
+        sync_directory(path.parent)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def finite_json(value: Any, what: str, **options: Any) -> str:
+    """``value`` as JSON, floats exact. RunError that names ``what`` and the key when a number is not finite."""
+    for key, number in _numbers(value):
+        if not math.isfinite(number):
+            raise RunError(f"{what}: {key} is {number}; JSON holds finite numbers only")
+    return json.dumps(value, allow_nan=False, **options)
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a JSON value with its dotted key."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from _numbers(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            yield from _numbers(child, f"{key}[{index}]")
+
+
+_held_locks: set[int] = set()
+"""Descriptors of the locks this process holds."""
+
+
+def _forget_locks_in_child() -> None:
+    # A forked child shares the parent's flock: a data worker that outlives a killed parent would keep the run locked.
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks_in_child)
+
+
+class RunDir:
+    """The files of one run. ``create`` starts one, ``open`` finds one; the constructor checks nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.cache = self.path / "cache"
+        self.summary = self.path / "summary.json"
+
+    @classmethod
+    def create(cls, path: str | Path, config_yaml: str) -> Self:
+        """Makes the folder and, last, its ``config.yaml``: a folder that holds one is a run that can be resumed.
+
+        UserError when ``path`` holds a run or anything else, is not a folder, or cannot be written.
+        """
+        run = cls(path)
+        run._refuse_if_taken()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot make this folder: {error.strerror or error}") from None
+        with run.lock():
+            run._refuse_if_taken()
+            write_text_atomic(run.config, config_yaml)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The run in ``path``; UserError that says what is missing when there is none."""
+        run = cls(path)
+        if not run.path.exists():
+            raise UserError(f"{run.path}: no such run")
+        if not run.path.is_dir():
+            raise UserError(f"{run.path} is not a run: it is a file, not a folder")
+        if not run.config.is_file():
+            raise UserError(f"{run.path} is not a run: it has no config.yaml")
+        return run
+
+    def _refuse_if_taken(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; choose another --out")
+        if self.config.exists():
+            raise UserError(
+                f"{self.path} holds a run; stackwise resume {self.path} goes on with it, or choose another --out"
+            )
+        if not self.path.is_dir():
+            return
+        try:
+            names = sorted(p.name for p in self.path.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        # A creation that was killed leaves these two; they are ours.
+        foreign = [name for name in names if name != ".lock" and not name.endswith(TEMPORARY_SUFFIX)]
+        if foreign:
+            raise UserError(f"{self.path} is not empty and not a run (it holds {foreign[0]!r}); choose another --out")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process alone; the kernel lets go when the process ends, however it ends.
+
+        UserError when another process holds it.
+        """
+        path = self.path / ".lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened for writing: {error.strerror or error}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise UserError(f"{self.path} is being trained by another process (pid {holder})") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise RunError(f"{path}: cannot be locked: {error.strerror or error}") from error
+        _held_locks.add(descriptor)
+        owner = os.getpid()
+        try:
+            with contextlib.suppress(OSError):  # the pid is only for the message; a full disk must not stop a resume
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(owner).encode(), 0)
+            yield
+        finally:
+            if os.getpid() == owner:
+                _held_locks.discard(descriptor)
+                os.close(descriptor)
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Adds one line to ``metrics.jsonl`` and flushes it. ``metrics`` has an integer ``step`` and finite numbers."""
+        if not isinstance(metrics.get("step"), int):
+            raise ValueError(f"metrics need an integer step, not {metrics.get('step')!r}")
+        line = finite_json(metrics, f"{self.metrics}, step {metrics['step']}") + "\n"
+        try:
+            with open(self.metrics, "ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise RunError(f"{self.metrics}: cannot be written: {error.strerror or error}") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every complete line; a torn end (the run is being written, or was killed) is left out."""
+        return [record for _, record in self._metric_lines()]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Keeps the complete lines of steps up to ``step`` and drops a torn end; for a resume from ``step``."""
+        if not self.metrics.exists():
+            return
+        try:
+            write_atomic(self.metrics, (line for line, record in self._metric_lines() if record["step"] <= step))
+            sync_directory(self.path)
+        except OSError as error:
+            raise RunError(f"{self.metrics}: cannot be written: {error.strerror or error}") from error
+
+    def _metric_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Complete lines with their objects. RunError when a damaged line is followed by a good one."""
+        damaged: int | None = None
+        try:
+            file = open(self.metrics, "rb")  # noqa: SIM115 (a missing file is no lines, any other error is raised)
+        except FileNotFoundError:
+            return
+        with file:
+            for number, line in enumerate(file, start=1):
+                record = _metric(line)
+                if record is None:
+                    damaged = damaged or number
+                elif damaged:
+                    raise RunError(f"{self.metrics}: line {damaged} is damaged; delete that line")
+                else:
+                    yield line, record
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes ``summary.json``, which marks the run complete. Numbers must be finite."""
+        write_text_atomic(self.summary, finite_json(summary, str(self.summary), indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What ``write_summary`` was given. UserError while the run has none, RunError when it is damaged."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} has no summary.json: its training has not finished; "
+                f"stackwise resume {self.path} goes on with it"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.summary}: cannot be read: {error}") from error
+        if not isinstance(summary, dict):
+            raise RunError(f"{self.summary}: cannot be read: it holds a {type(summary).__name__}, not an object")
+        return summary
+
+    def is_complete(self) -> bool:
+        """Whether the run has trained to its end."""
+        return self.summary.is_file()
+
+
+def _metric(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line of ``metrics.jsonl``, None when the line is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,116 @@
+"""Where the loop's examples come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.batches import Batch, Batches
+from stackwise.errors import UserError
+from stackwise.objectives.base import Example, Objective
+from stackwise.ops.losses import IGNORE
+
+
+class ProgressiveDataLoader:
+    """Batches of a token array: the batch of a step is a function of (seed, step), so any run over it can be resumed.
+
+    Args:
+        tokens: 1-D ids, in memory or memory-mapped.
+        config: ``training.batch_size``, ``seq_len`` and ``seed``.
+
+    Iterating gives {"input_ids": (B, T), "labels": (B, T)} for ever, ``labels`` being the next tokens' inputs (equal to
+    ``input_ids``, as Hugging Face models expect them).
+    """
+
+    def __init__(self, tokens: np.ndarray, config: StackWiseConfig) -> None:
+        training = config.training
+        self.batches = Batches(tokens, training.seq_len, training.batch_size, training.seed)
+
+    def batch(self, step: int) -> Batch:
+        return self.batches.batch(step)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        step = 0
+        while True:
+            ids = torch.from_numpy(self.batch(step).tokens[:, :-1])
+            yield {"input_ids": ids, "labels": ids.clone()}
+            step += 1
+
+
+class TokenSource:
+    """The objective's view of a ``ProgressiveDataLoader``."""
+
+    def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
+        self._loader, self._objective = loader, objective
+
+    def example(self, step: int) -> Example:
+        return self._objective.corrupt(self._loader.batch(step))
+
+
+class IterableSource:
+    """The objective's view of any re-iterable of batches (a ``torch.utils.data.DataLoader``, a list).
+
+    A batch is a tensor of ids, a pair (input_ids, labels) or a mapping with ``input_ids`` and, if any,
+    ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
+    shifted here. Padded positions never count.
+    """
+
+    def __init__(self, batches: Iterable[Any], objective: Objective) -> None:
+        self._batches, self._objective = batches, objective
+        self._iterator: Iterator[Any] = iter(())
+        self._epoch, self._sample = -1, 0
+
+    def example(self, step: int) -> Example:
+        ids, mask, labels = _unpack(self._next())
+        B, T = ids.shape
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        counts = real if labels is None else real & (labels != IGNORE)
+        sample = np.arange(self._sample, self._sample + B)
+        self._sample += B
+        # One more column, so that the objective sees T inputs; nothing in it counts.
+        tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
+        example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch)))
+        shifted = torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
+        counted = shifted if self._objective.predicts_every_token else counts
+        targets = torch.where(counted, example.targets, IGNORE)
+        return Example(example.inputs, targets, None if mask is None else real)
+
+    def _next(self) -> Any:
+        for attempt in range(2):
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                if attempt:
+                    break
+                self._iterator, self._epoch, self._sample = iter(self._batches), self._epoch + 1, 0
+        raise UserError("the data loader gives no batch")
+
+
+def _unpack(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(input_ids, attention_mask, labels) of a batch in any of the usual forms."""
+    if isinstance(batch, Tensor):
+        parts: tuple[Any, ...] = (batch, None, None)
+    elif isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise UserError(f"a batch has the keys {sorted(batch)}, but no input_ids")
+        parts = (batch["input_ids"], batch.get("attention_mask"), batch.get("labels"))
+    elif isinstance(batch, list | tuple) and 1 <= len(batch) <= 2:
+        parts = (batch[0], None, batch[1] if len(batch) == 2 else None)
+    else:
+        raise UserError(f"a batch is a {type(batch).__name__}; give ids, (input_ids, labels) or a mapping with input_ids")
+    ids = parts[0]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise UserError("input_ids must be an integer tensor (sequences, tokens)")
+    return ids.long().cpu(), *(None if p is None else p.cpu() for p in parts[1:])  # type: ignore[return-value]
+
+
+def peek_shape(batches: Iterable[Any]) -> tuple[int, int]:
+    """(B, T) of the first batch."""
+    for batch in batches:
+        return tuple(_unpack(batch)[0].shape)  # type: ignore[return-value]
+    raise UserError("the data loader gives no batch")

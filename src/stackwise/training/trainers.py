@@ -1,0 +1,120 @@
+"""The two front doors of the loop for people with a data loader of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.tokenizers import Tokenizer
+from stackwise.errors import UserError
+from stackwise.growth.curricula import build_phases
+from stackwise.growth.rack_builder import ProgressiveRackBuilder
+from stackwise.model.architecture import Rack
+from stackwise.objectives import CausalObjective, Objective, create_objective
+from stackwise.ops.precision import resolve_compute_dtype, resolve_device
+from stackwise.planning.cost import phase_coster
+from stackwise.training.loop import Loop
+from stackwise.training.memory import PeakMemory
+from stackwise.training.progress import Reporter, SilentReporter
+from stackwise.training.sources import IterableSource, ProgressiveDataLoader, TokenSource, peek_shape
+
+
+class _Trainer:
+    """What both share.
+
+    Args:
+        config: ``training`` is what is read; shapes come from the Rack, batches from the data loader.
+        tokenizer: needed by mlm, which must know the mask token.
+        reporter: what is shown; default nothing.
+    """
+
+    def __init__(
+        self, config: StackWiseConfig, *, tokenizer: Tokenizer | None = None, reporter: Reporter | None = None
+    ) -> None:
+        self.config, self.reporter = config, reporter or SilentReporter()
+        self.objective: Objective
+        if tokenizer is not None:
+            self.objective = create_objective(config.training, tokenizer)
+        elif config.training.objective == "clm":
+            self.objective = CausalObjective()
+        else:
+            raise UserError("training.progressive.training_objective: mlm needs the tokenizer, for its mask token")
+
+    def _train(self, config: StackWiseConfig, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
+        if isinstance(dataloader, ProgressiveDataLoader):
+            source: TokenSource | IterableSource = TokenSource(dataloader, self.objective)
+            shape = dataloader.batches.batch_size, dataloader.batches.seq_len
+        else:
+            source = IterableSource(dataloader, self.objective)
+            shape = peek_shape(dataloader)
+        config = config.override([f"training.batch_size={shape[0]}", f"training.seq_len={shape[1]}"])
+        device = resolve_device(config.training.device)
+        dtype = resolve_compute_dtype(config.training, device)
+        memory = PeakMemory(device)
+        cost = phase_coster(config, rack.vocab_size, dtype, rack)
+        present = tuple(stack.stack_id for stack in rack.stacks)
+        phases = build_phases(config, lambda phase: cost(phase).flops, present)
+        loop = Loop(
+            rack,
+            phases,
+            source,
+            self.objective,
+            config,
+            step_flops=[cost(phase).flops for phase in phases],
+            device=device,
+            compute_dtype=dtype,
+            peak_flops=None,
+            validate=None,
+            run=None,
+            reporter=self.reporter,
+            memory=memory,
+        )
+        try:
+            state = loop.train()
+        finally:
+            self.reporter.close()
+        return {
+            "phases": [asdict(record) for record in state.records],
+            "steps": state.step,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "final_loss": state.records[-1].last_loss,
+        }
+
+
+class ProgressiveTrainer(_Trainer):
+    """Grows a Rack Stack by Stack, as ``training.progressive`` says."""
+
+    def train_rack(
+        self,
+        rack_builder: ProgressiveRackBuilder,
+        dataloader: ProgressiveDataLoader | Iterable[Any],
+        target_stacks: int | None = None,
+    ) -> dict[str, Any]:
+        """Adds and trains Stacks until ``rack_builder.rack`` has ``target_stacks`` (default: the config's).
+
+        Stacks that the builder has already are the first trunk. The budget (``training.max_steps`` …) is that of the
+        whole call. Returns {"phases", "steps", "tokens", "flops", "final_loss", "rack"}.
+        """
+        target = target_stacks or self.config.target_stacks
+        config = self.config.override(
+            [
+                "training.strategy=progressive",
+                f"training.progressive.target_stacks={target}",
+                f"training.progressive.building_mode={rack_builder.building_mode}",
+            ]
+        )
+        results = self._train(config, rack_builder.rack, dataloader)
+        return {**results, "rack": rack_builder.get_rack_info()}
+
+
+class ArchitectureTrainer(_Trainer):
+    """Trains all of a given Rack, end to end."""
+
+    def train_architecture(self, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
+        """Trains every parameter of ``rack`` for the budget. Returns {"phases", "steps", "tokens", "flops", "final_loss"}."""
+        tie = "true" if rack.head is None else "false"
+        config = self.config.override(["training.strategy=end_to_end", f"model.tie_embeddings={tie}"])
+        return self._train(config, rack, dataloader)

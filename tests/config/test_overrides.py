@@ -1,0 +1,173 @@
+"""``key.path=value`` on the command line, and old keys."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.legacy import OldKeyWarning, migrate
+from stackwise.errors import ConfigError
+
+
+def value(config: StackWiseConfig, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.d_model=256", 256),
+        ("training.optimizer.lr=3e-4", 3e-4),
+        ("training.optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("training.max_tokens=2e6", 2_000_000),
+        ("training.compile=true", True),
+        ("training.grad_clip=null", None),
+        ("training.progressive.trunk_strategy=frozen", "frozen"),
+        (" training.seed = 7 ", 7),
+        ("data.split=1", "1"),
+        ("data.split='1'", "1"),
+        ("data.split=a=b: c", "a=b: c"),
+        ("data.cache_dir=~", None),
+        ("data.cache_dir=~/stores", "~/stores"),
+        ("data.cache_dir=", None),
+    ],
+)
+def test_an_override_sets_its_key_and_nothing_else(override: str, expected: object) -> None:
+    changed = StackWiseConfig().override([override])
+    key = override.partition("=")[0].strip()
+    assert value(changed, key) == expected
+    assert type(value(changed, key)) is type(expected)
+    same = [line for line in changed.to_yaml().splitlines() if line in StackWiseConfig().to_yaml().splitlines()]
+    assert len(StackWiseConfig().to_yaml().splitlines()) - len(same) <= 1
+
+
+def test_a_path_is_taken_as_written_and_a_list_in_brackets(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {source: files}")
+    assert StackWiseConfig.from_yaml(file, ["data.path=*.txt"]).data.path == "*.txt"
+    assert StackWiseConfig.from_yaml(file, ["data.path=[a.txt, 'b*.jsonl']"]).data.path == ("a.txt", "b*.jsonl")
+
+
+def test_the_last_of_two_overrides_of_a_key_wins() -> None:
+    assert StackWiseConfig().override(["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+def test_overrides_reach_into_sections_that_the_file_leaves_out_or_empty(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model:\n")
+    config = StackWiseConfig.from_yaml(file, ["model.architecture.n_stacks=3", "data.tokenizer.kind=bytes"])
+    assert (config.model.architecture.n_stacks, config.data.tokenizer.kind) == (3, "bytes")
+
+
+def test_a_budget_on_the_command_line_replaces_the_files() -> None:
+    steps = StackWiseConfig.from_dict({"training": {"max_steps": 11}})
+    assert steps.override(["training.max_tokens=13"]).training.budget == ("tokens", 13)
+    assert steps.override(["training.max_flops=1e12"]).training.budget == ("flops", 1e12)
+    assert steps.override(["training.max_tokens=null"]).training.budget == ("steps", 11)
+    assert steps.override(["training.max_steps=null"]).training.budget == ("steps", 1000)
+
+
+def test_two_budgets_on_the_command_line_are_refused() -> None:
+    with pytest.raises(ConfigError) as raised:
+        StackWiseConfig.from_dict({}).override(["training.max_tokens=13", "training.max_steps=11"])
+    assert str(raised.value) == "training.max_tokens: 13 and max_steps (11) are both set; keep one budget"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_modle=3", "model.d_modle: unknown key; did you mean model.d_model?"),
+        ("training.optimiser.lr=3", "training.optimiser: unknown key; did you mean training.optimizer?"),
+        ("model.d_model.x=3", "model.d_model.x: unknown key; model.d_model is one setting, not a section of keys"),
+        ("model.d_model", "'model.d_model' is not an override; write key.path=value, for example training.seed=1"),
+        ("=3", "'=3' is not an override; write key.path=value, for example training.seed=1"),
+        ("model..d_model=3", "'model..d_model=3' is not an override; write key.path=value, for example training.seed=1"),
+        ("model.d_model=", "model.d_model: null has the wrong type; must be a whole number"),
+        ("model=3", "model: 3 has the wrong type; must be a section of keys"),
+        (
+            "training.optimizer.betas=[1",
+            "the value of training.optimizer.betas: not valid YAML at line 1, column 3: "
+            "expected ',' or ']', but got '<stream end>'",
+        ),
+        ("data.n_blocks=3", "data.n_blocks: unknown key; known here: source, path, subset, split, text_field, "
+         "validation_fraction, validation_split, tokenizer, cache_dir"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_answered_by_one_exact_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        StackWiseConfig().override([override])
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [
+        ({"n_blocks": 6, "architecture": {"n_stacks": 2}}, "model"),
+        ({"architecture": {"n_blocks": 6, "n_stacks": 2}}, "model.architecture"),
+        ({"architecture": {"n_blocks": 6, "n_stacks": 2, "blocks_per_stack": 3}}, "model.architecture"),
+    ],
+)
+def test_n_blocks_still_loads_and_the_warning_says_what_to_write(model: dict[str, Any], where: str) -> None:
+    with pytest.warns(DeprecationWarning) as caught:
+        config = StackWiseConfig.from_dict({"model": model})
+    assert [str(warning.message) for warning in caught] == [
+        f"{where}.n_blocks is deprecated; write model.architecture: {{n_stacks: 2, blocks_per_stack: 3}}"
+    ]
+    assert caught[0].category is OldKeyWarning
+    assert caught[0].filename == __file__
+    assert (config.model.architecture.n_stacks, config.model.architecture.blocks_per_stack) == (2, 3)
+    assert "n_blocks" not in config.to_yaml()
+
+
+def test_n_blocks_alone_is_one_stack(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("model: {n_blocks: 5, architecture: }")
+    with pytest.warns(DeprecationWarning) as caught:
+        architecture = StackWiseConfig.from_yaml(file).model.architecture
+    assert (architecture.n_stacks, architecture.blocks_per_stack) == (1, 5)
+    assert caught[0].filename == __file__
+
+
+def test_n_blocks_as_an_override_warns_too() -> None:
+    with pytest.warns(DeprecationWarning, match=r"model\.n_blocks is deprecated"):
+        config = StackWiseConfig.from_dict({}).override(
+            ["model.architecture={n_stacks: 4}", "model.n_blocks=8"],
+        )
+    assert config.model.architecture.blocks_per_stack == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"n_blocks": 7, "architecture": {"n_stacks": 2}},
+            "model.n_blocks: 7 cannot be divided among n_stacks (2); set model.architecture.blocks_per_stack",
+        ),
+        (
+            {"n_blocks": 6, "architecture": {"n_stacks": 2, "blocks_per_stack": 2}},
+            "model.n_blocks: 6 contradicts model.architecture.blocks_per_stack (2); keep blocks_per_stack",
+        ),
+        ({"n_blocks": 0}, "model.n_blocks: 0 is not allowed; must be a whole number, at least 1"),
+        ({"n_blocks": "6"}, "model.n_blocks: '6' is not allowed; must be a whole number, at least 1"),
+        (
+            {"architecture": {"n_blocks": True}},
+            "model.architecture.n_blocks: True is not allowed; must be a whole number, at least 1",
+        ),
+    ],
+)
+def test_an_n_blocks_that_cannot_be_meant_is_answered_by_one_exact_line(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        StackWiseConfig.from_dict({"model": model})
+    assert str(raised.value) == message
+
+
+def test_configs_in_todays_keys_neither_change_nor_warn() -> None:
+    data = StackWiseConfig().to_dict()
+    assert migrate(data) == (data, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StackWiseConfig.from_dict(data)

@@ -1,0 +1,217 @@
+"""What a config file may say, and the one line that answers what it may not."""
+
+from pathlib import Path
+
+import pytest
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import ConfigError, UserError
+
+# One YAML document and its whole message, without the file's name.
+UNKNOWN_KEYS = [
+    ("model: {d_modle: 64}", "model.d_modle: unknown key; did you mean model.d_model?"),
+    ("modle: {d_model: 64}", "modle: unknown key; did you mean model?"),
+    ("traning: 3", "traning: unknown key; did you mean training?"),
+    ("model: {n_stacks: 3}", "model.n_stacks: unknown key; did you mean model.architecture.n_stacks?"),
+    ("model: {n_stack: 3}", "model.n_stack: unknown key; did you mean model.architecture.n_stacks?"),
+    ("training: {lr: 1e-3}", "training.lr: unknown key; did you mean training.optimizer.lr?"),
+    ("optimizer: {lr: 1e-3}", "optimizer: unknown key; did you mean training.optimizer?"),
+    ("training: {path: x}", "training.path: unknown key; did you mean data.path or data.tokenizer.path?"),
+    (
+        "training: {optimizer: {learning_speed: 1}}",
+        "training.optimizer.learning_speed: unknown key; known here: optimizer_type, lr, weight_decay, betas, eps",
+    ),
+    ("data: {tokenizer: {kinds: bpe}}", "data.tokenizer.kinds: unknown key; did you mean data.tokenizer.kind?"),
+    ("zzz: 1", "zzz: unknown key; known here: model, training, data"),
+    ("7: 1", "the config: 7 is not a key; keys are names"),
+    (
+        "zzz: 1\nmodel: {dropuot: 0.1}",
+        "model.dropuot: unknown key; did you mean model.dropout? (and 1 more)",
+    ),
+]
+WRONG_TYPES = [
+    ("model: {d_model: '64'}", "model.d_model: '64' has the wrong type; must be a whole number"),
+    ("model: {d_model: 64.5}", "model.d_model: 64.5 has the wrong type; must be a whole number"),
+    ("model: {d_model: true}", "model.d_model: true has the wrong type; must be a whole number"),
+    ("model: {d_model: }", "model.d_model: null has the wrong type; must be a whole number"),
+    ("model: {d_ff: wide}", "model.d_ff: 'wide' has the wrong type; must be a whole number or null"),
+    ("model: {use_rope: 1}", "model.use_rope: 1 has the wrong type; must be true or false"),
+    ("model: 3", "model: 3 has the wrong type; must be a section of keys"),
+    ("training: {optimizer: {lr: '1e-3'}}", "training.optimizer.lr: '1e-3' has the wrong type; must be a number"),
+    ("training: {optimizer: {betas: 0.9}}", "training.optimizer.betas: 0.9 has the wrong type; must be a list"),
+    (
+        "training: {optimizer: {betas: [a, 0.9]}}",
+        "training.optimizer.betas[0]: 'a' has the wrong type; must be a number",
+    ),
+    (
+        "training: {optimizer: {betas: [0.9]}}",
+        "training.optimizer.betas: [0.9] has the wrong number of entries; must be a list of 2 numbers",
+    ),
+    (
+        "training: {optimizer: {betas: [0.9, 0.95, 0.99]}}",
+        "training.optimizer.betas: [0.9, 0.95, 0.99] has the wrong number of entries; must be a list of 2 numbers",
+    ),
+    (
+        "training: {progressive: {phase_fractions: 0.5}}",
+        "training.progressive.phase_fractions: 0.5 has the wrong type; must be a list or null",
+    ),
+    ("data: {split: 5}", "data.split: 5 has the wrong type; must be text"),
+    ("data: {path: 5}", "data.path: 5 has the wrong type; must be text or a list or null"),
+    ("data: {path: [a, 5]}", "data.path[1]: 5 has the wrong type; must be text"),
+    ("[model]", "a config is a mapping with the sections model, training and data, not list"),
+]
+OUT_OF_RANGE = [
+    ("model: {d_model: -5}", "model.d_model: -5 is out of range; must be at least 1"),
+    ("model: {dropout: 1}", "model.dropout: 1 is out of range; must be at least 0 and below 1"),
+    ("model: {vocab_size: 0}", "model.vocab_size: 0 is out of range; must be at least 1 or null"),
+    ("model: {rope_theta: 1}", "model.rope_theta: 1 is out of range; must be above 1"),
+    ("training: {batch_size: 0}", "training.batch_size: 0 is out of range; must be at least 1"),
+    ("training: {seed: -1}", f"training.seed: -1 is out of range; must be at least 0 and below {2**63}"),
+    ("training: {grad_clip: 0.0}", "training.grad_clip: 0.0 is out of range; must be above 0 or null"),
+    ("training: {optimizer: {lr: 0}}", "training.optimizer.lr: 0 is out of range; must be above 0"),
+    ("training: {optimizer: {lr: .inf}}", "training.optimizer.lr: inf is out of range; must be a finite number"),
+    ("training: {optimizer: {lr: .nan}}", "training.optimizer.lr: nan is out of range; must be a finite number"),
+    (
+        "training: {optimizer: {betas: [0.9, 1.5]}}",
+        "training.optimizer.betas[1]: 1.5 is out of range; must be at least 0 and below 1",
+    ),
+    ("training: {masking: {rate: 0}}", "training.masking.rate: 0 is out of range; must be above 0 and below 1"),
+    ("data: {tokenizer: {vocab_size: 3}}", "data.tokenizer.vocab_size: 3 is out of range; must be at least 260"),
+    (
+        "training: {progressive: {trunk_strategy: frozn}}",
+        "training.progressive.trunk_strategy: 'frozn' is not allowed; allowed: frozen, trainable; did you mean frozen?",
+    ),
+    (
+        "training: {device: gpu}",
+        "training.device: 'gpu' is not allowed; allowed: auto, cpu, cuda, mps",
+    ),
+    (
+        "training: {qlora: {enabled: true}}",
+        "training.qlora.enabled: true is not allowed; allowed: false (LoRA adapters; not built yet)",
+    ),
+    (
+        "model: {attention_custom: {mla_rkv: 8}}",
+        "model.attention_custom.mla_rkv: 8 is not allowed; "
+        "allowed: null (Rank of latent keys and values; not built yet)",
+    ),
+]
+IMPOSSIBLE = [
+    ("model: {n_heads: 3}", "model.n_heads: 3 does not divide d_model (128)"),
+    (
+        "model: {d_model: 15, n_heads: 5}",
+        "model.n_heads: 5 gives heads of odd size 3; rotary positions (use_rope) need an even one",
+    ),
+    ("model: {n_kv_heads: 3}", "model.n_kv_heads: 3 does not divide n_heads (4)"),
+    (
+        "model: {attention_preset: efficient_gqa, n_kv_heads: 4}",
+        "model.n_kv_heads: 4 equals n_heads; efficient_gqa needs fewer key/value heads "
+        "(use gpt_style or bert_style for full attention)",
+    ),
+    (
+        "model: {attention_preset: bert_style}",
+        "model.attention_preset: 'bert_style' is bidirectional and would see the tokens that clm predicts; "
+        "set gpt_style, or training.progressive.training_objective: mlm",
+    ),
+    (
+        "training: {progressive: {training_objective: mlm}}",
+        "model.attention_preset: 'gpt_style' is causal and mlm reads both sides; set bert_style, "
+        "or training.progressive.training_objective: clm",
+    ),
+    (
+        "model: {tie_embeddings: true}\ntraining: {progressive: {trunk_strategy: frozen}}",
+        "model.tie_embeddings: true cannot go with training.progressive.trunk_strategy: frozen, since training the "
+        "head would change what the frozen trunk reads; set it to false, or the trunk to trainable",
+    ),
+    (
+        "training: {max_steps: 3, max_tokens: 1e6}",
+        "training.max_tokens: 1000000 and max_steps (3) are both set; keep one budget",
+    ),
+    ("training: {batch_size: 6, micro_batch_size: 4}", "training.micro_batch_size: 4 does not divide batch_size (6)"),
+    (
+        "training: {masking: {mask_share: 0.9, random_share: 0.2}}",
+        "training.masking.random_share: 0.2 plus mask_share (0.9) is above 1",
+    ),
+    (
+        "training: {progressive: {phase_fractions: [0.5, 0.5]}}",
+        "training.progressive.phase_fractions: has 2 entries for 4 Stacks; give one a Stack",
+    ),
+    (
+        "training: {progressive: {target_stacks: 2, phase_fractions: [0.5, 0.4], joint_fraction: 0.2}}",
+        "training.progressive.phase_fractions: and joint_fraction add up to 1.1, not 1",
+    ),
+    (
+        "training: {progressive: {new_stack_init: random, optimizer_state: copy}}",
+        "training.progressive.optimizer_state: 'copy' needs new_stack_init: copy (it is random)",
+    ),
+    ("data: {source: files}", "data.path: must be set when source is files"),
+    ("data: {path: x.txt}", "data.path: 'x.txt' is not read when source is python-stdlib; set data.source: files"),
+    (
+        "data: {source: huggingface, path: [a, b]}",
+        "data.path: ['a', 'b'] must be one data set name when source is huggingface",
+    ),
+    (
+        "data: {tokenizer: {kind: pretrained}}",
+        "data.tokenizer.path: must name a tokenizer.json or a folder when kind is pretrained",
+    ),
+    (
+        "data: {tokenizer: {path: t.json}}",
+        "data.tokenizer.path: 't.json' is only read when kind is pretrained (kind is bpe)",
+    ),
+]
+BAD_YAML = [
+    ("model: {d_model: 8", "not valid YAML at line 1, column 19: expected ',' or '}', but got '<stream end>'"),
+    (
+        "model:\n  d_model: 64\n  d_model: 32",
+        "line 3: the key 'd_model' is written twice in one section; keep one",
+    ),
+    ("? [model]\n: 3", "line 1: a key must be a name, not a list or a mapping"),
+    ("a: &a {b: *a}", "not valid YAML at line 1, column 4: found unconstructable recursive node"),
+    ("a: \x00", 'not valid YAML: unacceptable character #x0000: special characters are not allowed in '
+     '"<unicode string>", position 3'),
+    ("[" * 2000, "nested too deeply for a config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), UNKNOWN_KEYS + WRONG_TYPES + OUT_OF_RANGE + IMPOSSIBLE + BAD_YAML)
+def test_a_wrong_file_is_answered_by_one_exact_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        StackWiseConfig.from_yaml(file)
+    assert str(raised.value) == f"{file}: {message}"
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file$"):
+        StackWiseConfig.from_yaml(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read as a config: Is a directory$"):
+        StackWiseConfig.from_yaml(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not a config: the file is not UTF-8 text$"):
+        StackWiseConfig.from_yaml(tmp_path / "binary.yaml")
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {max_tokens: 1.5e9, optimizer: {lr: 3e-4, eps: 1E-8}}")
+    training = StackWiseConfig.from_yaml(file).training
+    assert (training.max_tokens, training.optimizer.lr, training.optimizer.eps) == (1_500_000_000, 3e-4, 1e-8)
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {source: files, path: 2024-01-31}")
+    assert StackWiseConfig.from_yaml(file).data.path == "2024-01-31"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "model:\ntraining:\n  optimizer:\ndata:\n"])
+def test_empty_files_and_sections_take_the_defaults(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert StackWiseConfig.from_yaml(file) == StackWiseConfig()
+
+
+def test_from_dict_refuses_what_is_not_a_mapping() -> None:
+    with pytest.raises(ConfigError, match="a config is a mapping with the sections model, training and data, not list"):
+        StackWiseConfig.from_dict([])  # type: ignore[arg-type]
+    assert StackWiseConfig.from_dict(None) == StackWiseConfig()

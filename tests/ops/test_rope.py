@@ -1,0 +1,35 @@
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from stackwise.ops.rope import apply_rope, rope_table
+
+B, H, T, D = 2, 3, 11, 10
+
+
+def test_rotary_positions_equal_transformers():
+    theta = 5000.0
+    q, k = torch.randn(2, B, H, T, D, generator=torch.Generator().manual_seed(0))
+    config = LlamaConfig(hidden_size=H * D, num_attention_heads=H, head_dim=D)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(T)[None])
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    table = rope_table(T, D, theta, q.device)
+    torch.testing.assert_close((apply_rope(q, *table), apply_rope(k, *table)), expected)
+
+
+def test_scores_depend_on_the_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, D, generator=torch.Generator().manual_seed(1))
+    cos, sin = rope_table(40, D, 100.0, q.device)
+
+    def score(i, j):
+        return (apply_rope(q, cos[i : i + 1], sin[i : i + 1]) * apply_rope(k, cos[j : j + 1], sin[j : j + 1])).sum()
+
+    torch.testing.assert_close(score(5, 2), score(33, 30))
+    assert not torch.isclose(score(5, 2), score(5, 3))
+
+
+def test_a_table_that_starts_later_is_the_tail_of_the_whole_one():
+    whole, tail = rope_table(T, D, 10000.0, torch.device("cpu")), rope_table(4, D, 10000.0, torch.device("cpu"), 7)
+    for a, b in zip(whole, tail):
+        torch.testing.assert_close(a[7:], b, atol=0, rtol=0)
