@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
+from stackwise.config.base import apply_overrides
 from stackwise.config.legacy import OldKeyWarning, migrate
 from stackwise.errors import ConfigError
 
@@ -52,6 +53,13 @@ def test_a_path_is_taken_as_written_and_a_list_in_brackets(tmp_path: Path) -> No
     assert StackWiseConfig.from_yaml(file, ["data.path=[a.txt, 'b*.jsonl']"]).data.path == ("a.txt", "b*.jsonl")
 
 
+def test_overriding_leaves_the_dict_it_is_given_alone() -> None:
+    data = {"training": {"max_steps": 11, "optimizer": {"lr": 0.1}}}
+    changed = apply_overrides(data, ["training.max_tokens=13", "training.optimizer.lr=0.2"])
+    assert changed == {"training": {"max_tokens": 13, "optimizer": {"lr": 0.2}}}
+    assert data == {"training": {"max_steps": 11, "optimizer": {"lr": 0.1}}}
+
+
 def test_the_last_of_two_overrides_of_a_key_wins() -> None:
     assert StackWiseConfig().override(["training.seed=1", "training.seed=2"]).training.seed == 2
 
@@ -85,7 +93,7 @@ def test_two_budgets_on_the_command_line_are_refused() -> None:
         ("model.d_model.x=3", "model.d_model.x: unknown key; model.d_model is one setting, not a section of keys"),
         ("model.d_model", "'model.d_model' is not an override; write key.path=value, for example training.seed=1"),
         ("=3", "'=3' is not an override; write key.path=value, for example training.seed=1"),
-        ("model..d_model=3", "'model..d_model=3' is not an override; write key.path=value, for example training.seed=1"),
+        ("model..x=3", "'model..x=3' is not an override; write key.path=value, for example training.seed=1"),
         ("model.d_model=", "model.d_model: null has the wrong type; must be a whole number"),
         ("model=3", "model: 3 has the wrong type; must be a section of keys"),
         (

@@ -184,7 +184,7 @@ def test_a_wrong_file_is_answered_by_one_exact_line(tmp_path: Path, text: str, m
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: no such config file$"):
         StackWiseConfig.from_yaml(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read as a config: Is a directory$"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a config: Is a directory$"):
         StackWiseConfig.from_yaml(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"binary\.yaml: not a config: the file is not UTF-8 text$"):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from stackwise.config import StackWiseConfig, yaml_io
 from stackwise.config.messages import all_keys, section_of
-from stackwise.config.presets import PRESETS, preset
+from stackwise.config.presets import ABOUT, PRESETS, preset_config
 from stackwise.config.schema import Section
 from stackwise.config.template import template
 from stackwise.errors import ConfigError
@@ -96,7 +96,7 @@ def test_every_shipped_config_loads_without_a_warning(file: Path, recwarn: pytes
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_template_of_a_preset_loads_as_the_preset_and_explains_every_key(name: str) -> None:
-    config, about = PRESETS[name].config(), PRESETS[name].about
+    config, about = preset_config(name), ABOUT[name]
     text = template(config, about)
     assert StackWiseConfig.from_dict(yaml_io.parse(text, name)) == config
     assert max(map(len, text.splitlines())) <= 120
@@ -121,7 +121,7 @@ def test_the_template_shows_the_default_beside_a_value_that_differs() -> None:
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError) as raised:
-        preset("charcters")
+        preset_config("charcters")
     assert str(raised.value) == (
-        "'charcters' is not a preset; there are: default, tiny, characters, bert, gpu; did you mean characters?"
+        "'charcters' is not a preset; there are: default, demo, tiny, characters, bert, gpu; did you mean characters?"
     )

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 _GB = 1e9
 _FASTER = 1.2
 """A dtype counts as faster from this ratio on; below it the timing says nothing."""
-_REPEATS = 5
+_FEWEST_TURNS, _MOST_TURNS, _SECONDS = 3, 9, 1.0
+"""A timing takes as many turns as fit in the seconds, after one that only warms up."""
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Show what this machine has: Python, torch, CPU, memory, disk, accelerators, speed, extras."""
+    """Show what this machine has, and how fast it computes."""
     facts = examine()
     print(json.dumps(facts, indent=2) if as_json else describe(facts))
 
@@ -44,7 +45,7 @@ def examine() -> dict[str, Any]:
     from stackwise.training.memory import PeakMemory
 
     device = resolve_device("auto")
-    speeds = {name: linear_speed(device, dtype) for name, dtype in compared_dtypes(device).items()}
+    speeds = linear_speeds(device, compared_dtypes(device))
     automatic = "float32" if resolve_compute_dtype(TrainingConfig(), device) is None else "bfloat16"
     cache = cache_folder()
     return {
@@ -87,24 +88,31 @@ def compared_dtypes(device: torch.device) -> dict[str, torch.dtype]:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def linear_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a linear layer's forward and both backward products: the median of a few runs.
+def linear_speeds(device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, float]:
+    """FLOP/s of a linear layer's forward and both backward products in each dtype: the median of a few runs.
 
     The backward products are part of it because some CPUs are fast at one and twenty times slower at the other.
+    The dtypes take turns, so that whatever else the machine does meanwhile slows them alike.
     """
     import torch
 
-    rows, width = (256, 512) if device.type == "cpu" else (4096, 4096)
-    x, grad = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
-    weight = torch.randn(width, width, device=device).to(dtype)
-    seconds = []
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
-        products = (x @ weight.T, grad @ weight, grad.T @ x)
-        # Reading a value waits for the device.
-        sum(product[0, 0].item() for product in products)
-        seconds.append(time.perf_counter() - start)
-    return 3 * 2 * rows * width * width / statistics.median(seconds[1:])
+    rows, width = (512, 1024) if device.type == "cpu" else (4096, 4096)
+    operands = {
+        name: [torch.randn(n, width, device=device).to(dtype) for n in (rows, rows, width)]
+        for name, dtype in dtypes.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in dtypes}
+    begun = time.perf_counter()
+    for turn in range(1 + _MOST_TURNS):
+        if turn > _FEWEST_TURNS and time.perf_counter() - begun > _SECONDS:
+            break
+        for name, (x, gradient, weight) in operands.items():
+            start = time.perf_counter()
+            for product in (x @ weight.T, gradient @ weight, gradient.T @ x):
+                product[0, 0].item()  # waits for the device
+            seconds[name].append(time.perf_counter() - start)
+    flops = 3 * 2 * rows * width * width
+    return {name: flops / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def advice(speeds: dict[str, float], automatic: str) -> str:

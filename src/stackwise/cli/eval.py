@@ -11,7 +11,7 @@ from stackwise.cli.train import Json
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run directory")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)")
     ] = None,

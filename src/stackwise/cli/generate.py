@@ -11,7 +11,7 @@ from stackwise.cli.train import Json
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Run directory")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from (default: the start of a document)")] = "",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to generate at most")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")] = 0,

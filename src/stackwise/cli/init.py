@@ -8,25 +8,23 @@ from typing import Annotated
 
 import typer
 
-from stackwise.config.presets import PRESETS, preset
+from stackwise.config.presets import ABOUT, preset_config
 from stackwise.config.template import template
 from stackwise.errors import UserError
 
-EPILOG = "\b\nPresets:\n" + "\n".join(f"  {name:<12}{entry.about}" for name, entry in PRESETS.items())
+EPILOG = "\b\nPresets:\n" + "\n".join(f"  {name:<12}{about}" for name, about in ABOUT.items())
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write; - for standard output.")] = Path(
         "config.yaml"
     ),
-    preset_name: Annotated[
-        str, typer.Option("--preset", metavar="NAME", help="Settings to start from; see below.")
-    ] = "default",
+    preset: Annotated[str, typer.Option(metavar="NAME", help="Settings to start from; see below.")] = "default",
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
     """Write a config with every key, its value and what it means."""
-    chosen = preset(preset_name)
-    text = template(chosen.config(), chosen.about)
+    config = preset_config(preset)
+    text = template(config, ABOUT[preset])
     if str(file) == "-":
         sys.stdout.write(text)
         return
@@ -41,4 +39,4 @@ def init(
         raise UserError(f"{file}: the folder {file.parent} does not exist") from None
     except PermissionError:
         raise UserError(f"{file}: may not be written by you") from None
-    print(f"wrote {file} (preset {preset_name}); next: stackwise train {file} --out runs/first", file=sys.stderr)
+    print(f"wrote {file} (preset {preset}); next: stackwise train {file} --out runs/first", file=sys.stderr)

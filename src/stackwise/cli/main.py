@@ -27,7 +27,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from stackwise import __version__
-from stackwise.cli import doctor, init
+from stackwise.cli import demo, doctor, eval, generate, init, plan, resume, train
 from stackwise.config.legacy import OldKeyWarning
 from stackwise.errors import RunError, StoppedBySignal, UserError
 
@@ -62,7 +62,13 @@ def _root(
         typer.echo(context.get_help())
 
 
+app.command(short_help="Grow a small model on text that every machine has.")(demo.demo)
 app.command(epilog=init.EPILOG)(init.init)
+app.command()(train.train)
+app.command()(resume.resume)
+app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
+app.command("eval")(eval.evaluate)
+app.command()(generate.generate)
 app.command()(doctor.doctor)
 
 

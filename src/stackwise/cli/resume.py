@@ -11,7 +11,7 @@ from stackwise.cli.train import Json
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="Run directory")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="Go back to the checkpoint of this step (default: the newest)")
     ] = None,

@@ -9,8 +9,8 @@ import typer
 
 from stackwise.config.base import StackWiseConfig
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML config (stackwise init writes one)")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config (stackwise init writes one)")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
 
 

@@ -1,73 +1,59 @@
-"""Starting points for ``stackwise init``: each a sentence and the settings that differ from the defaults."""
+"""Starting points for ``stackwise init`` and ``demo``: the settings that differ from the defaults, as in a file."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Preset:
-    """``settings`` are nested as in a config file."""
-
-    about: str
-    settings: dict[str, Any]
-
-    def config(self) -> StackWiseConfig:
-        return StackWiseConfig.from_dict(self.settings)
-
-
-PRESETS = {
-    "default": Preset("a small model of the Python library sources on this machine; runs on any laptop", {}),
-    "tiny": Preset(
-        "the smallest run worth looking at, under a minute: to try a change",
-        {
-            "model": {"d_model": 64, "architecture": {"n_stacks": 2, "blocks_per_stack": 1}},
-            "training": {"batch_size": 8, "seq_len": 64, "max_steps": 100, "schedule": {"warmup_steps": 10}},
-            "data": {"tokenizer": {"kind": "bytes"}},
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "demo": {"training": {"max_steps": 600}},
+    "tiny": {
+        "model": {"d_model": 64, "architecture": {"n_stacks": 2, "blocks_per_stack": 1}},
+        "training": {"batch_size": 8, "seq_len": 64, "max_steps": 100, "schedule": {"warmup_steps": 10}},
+        "data": {"tokenizer": {"kind": "bytes"}},
+    },
+    "characters": {
+        "training": {"batch_size": 12, "seq_len": 64, "max_steps": 2000},
+        "data": {"source": "files", "path": "input.txt", "tokenizer": {"kind": "characters"}},
+    },
+    "bert": {
+        "model": {"attention_preset": "bert_style"},
+        "training": {"progressive": {"training_objective": "mlm"}},
+    },
+    "gpu": {
+        "model": {"d_model": 768, "n_heads": 12, "architecture": {"n_stacks": 4, "blocks_per_stack": 3}},
+        "training": {
+            "batch_size": 64,
+            "micro_batch_size": 16,
+            "seq_len": 1024,
+            "max_tokens": 2_500_000_000,
+            "optimizer": {"lr": 6e-4},
+            "schedule": {"warmup_steps": 500, "rewarmup_steps": 100},
+            "compile": True,
         },
-    ),
-    "characters": Preset(
-        "your own text (data.path), character by character, in minutes on a CPU",
-        {
-            "training": {"batch_size": 12, "seq_len": 64, "max_steps": 2000},
-            "data": {"source": "files", "path": "input.txt", "tokenizer": {"kind": "characters"}},
-        },
-    ),
-    "bert": Preset(
-        "masked words read from both sides, for embeddings and classification",
-        {
-            "model": {"attention_preset": "bert_style"},
-            "training": {"progressive": {"training_objective": "mlm"}},
-        },
-    ),
-    "gpu": Preset(
-        "12 layers of width 768 on your own text (data.path), for one GPU with bfloat16",
-        {
-            "model": {"d_model": 768, "n_heads": 12, "architecture": {"n_stacks": 4, "blocks_per_stack": 3}},
-            "training": {
-                "batch_size": 64,
-                "micro_batch_size": 16,
-                "seq_len": 1024,
-                "max_tokens": 2_500_000_000,
-                "optimizer": {"lr": 6e-4},
-                "schedule": {"warmup_steps": 500, "rewarmup_steps": 100},
-                "compile": True,
-            },
-            "data": {"source": "files", "path": "corpus", "tokenizer": {"vocab_size": 32768}},
-        },
-    ),
+        "data": {"source": "files", "path": "corpus", "tokenizer": {"vocab_size": 32768}},
+    },
 }
 
+ABOUT = {
+    "default": "a small model of the Python library sources on this machine; runs on any laptop",
+    "demo": "what `stackwise demo` runs",
+    "tiny": "the smallest run worth looking at, under a minute: to try a change",
+    "characters": "your own text (data.path), character by character, in minutes on a CPU",
+    "bert": "masked words read from both sides, for embeddings and classification",
+    "gpu": "12 layers of width 768 on your own text (data.path), for one GPU with bfloat16",
+}
+"""One sentence on each preset."""
 
-def preset(name: str) -> Preset:
-    """The preset called ``name``; ``ConfigError`` names the ones there are."""
+
+def preset_config(name: str) -> StackWiseConfig:
+    """The config of the preset called ``name``; ``ConfigError`` names the ones there are."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name!r} is not a preset; there are: {', '.join(PRESETS)}{hint}")
-    return PRESETS[name]
+    return StackWiseConfig.from_dict(PRESETS[name])

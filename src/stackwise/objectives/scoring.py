@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stackwise.data.batches import Batch, validation_windows
+from stackwise.data.batches import Batch, validation_windows, windows
 from stackwise.model.architecture import Rack
 from stackwise.objectives.base import Objective
 from stackwise.ops.precision import autocast
@@ -55,14 +55,13 @@ def validate(
         max_tokens: score about so many, in windows spread evenly; default all.
         progress: called with windows done and in all.
     """
-    starts = validation_windows(tokens, seq_len, max_tokens)
+    starts = validation_windows(len(tokens), seq_len, max_tokens)
     modes = {module: module.training for module in rack.modules()}
     rack.eval()
     nats, count = 0.0, 0
     for first in range(0, len(starts), batch_size):
         index = starts[first : first + batch_size]
-        windows = np.stack([tokens[s : s + seq_len + 1] for s in index]).astype(np.int64)
-        batch = Batch(windows, np.asarray(index, dtype=np.int64), np.zeros(len(index), dtype=np.int64))
+        batch = Batch(windows(tokens, index, seq_len), index, np.zeros_like(index))
         with autocast(rack.embedding.weight.device, compute_dtype):
             more_nats, more = objective.score(rack, batch)
         nats, count = nats + more_nats, count + more

@@ -26,7 +26,7 @@ from stackwise.growth.phases import Phase
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.ops.losses import linear_cross_entropy
-from stackwise.ops.precision import autocast
+from stackwise.ops.precision import autocast, resolve_device
 
 ADAM_BYTES = 8
 """Two fp32 moments a trained parameter."""
@@ -76,6 +76,11 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
+RUNTIME_BYTES = 16 * 2**20
+"""Resident memory that training on a CPU takes beside tensors: thread buffers of the matrix library and pages of code
+that is first used then. Measured at 13 to 17 MiB (docs/log.md)."""
+
+
 @dataclass(frozen=True)
 class PhaseCost:
     """Cost of one optimizer step of a phase; memory in bytes, peak included.
@@ -99,7 +104,12 @@ class PhaseCost:
 
 
 def measure_step(
-    rack: Rack, micro_batches: int, batch_size: int, seq_len: int, compute_dtype: torch.dtype | None = None
+    rack: Rack,
+    micro_batches: int,
+    batch_size: int,
+    seq_len: int,
+    compute_dtype: torch.dtype | None = None,
+    runtime: int = 0,
 ) -> PhaseCost:
     """Costs a step of ``rack``, whose tensors are fake and whose trainable parameters require gradients.
 
@@ -107,6 +117,7 @@ def measure_step(
         micro_batches: forward and backward passes in a step.
         batch_size: sequences in one of them; ``seq_len`` tokens each.
         compute_dtype: of autocast, or ``None``.
+        runtime: bytes beside tensors, added to the peak.
     """
     parameters = [p for _, _, p in rack.part_parameters()]
     trained = [p for p in parameters if p.requires_grad]
@@ -140,7 +151,7 @@ def measure_step(
         optimizer=optimizer,
         activations=activations,
         logits=logits,
-        peak=weights + optimizer + moving + held,
+        peak=weights + optimizer + moving + held + runtime,
     )
 
 
@@ -158,26 +169,27 @@ def phase_coster(
     """
     training = config.training
     micro = training.micro_batch_size or training.batch_size
+    runtime = RUNTIME_BYTES if resolve_device(training.device).type == "cpu" else 0
     known: dict[tuple[int, tuple[str, ...]], PhaseCost] = {}
 
     def cost(phase: Phase) -> PhaseCost:
         key = (len(phase.stacks), phase.trains)
         if key not in known:
-            with FakeTensorMode() as mode:
-                model = create_rack_from_config(config, 0, vocab_size) if rack is None else _fake_copy(rack, mode)
+            with FakeTensorMode():
+                model = create_rack_from_config(config, 0, vocab_size) if rack is None else _fake_copy(rack)
                 there = {stack.stack_id: stack for stack in model.stacks}
                 model.stacks = nn.ModuleList(
                     there[k] if k in there else create_stack_from_config(k, config) for k in phase.stacks
                 )
                 model.checkpoint_activations(training.activation_checkpointing)
                 set_trainable(model, phase.trains)
-                known[key] = measure_step(model, training.batch_size // micro, micro, training.seq_len, compute_dtype)
+                known[key] = measure_step(model, training.batch_size // micro, micro, training.seq_len, compute_dtype, runtime)
         return known[key]
 
     return cost
 
 
-def _fake_copy(rack: Rack, mode: FakeTensorMode) -> Rack:
-    """A copy with fake parameters; the real ones are not copied."""
-    fakes = {id(p): nn.Parameter(mode.from_tensor(p.detach().to("meta")).to("cpu")) for p in rack.parameters()}
+def _fake_copy(rack: Rack) -> Rack:
+    """Within a fake mode, a copy with fake parameters; the real ones are not copied."""
+    fakes = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in rack.parameters()}
     return copy.deepcopy(rack, fakes)

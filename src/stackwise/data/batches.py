@@ -1,0 +1,68 @@
+"""Batches as a function of (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stackwise.data.hashing import permutation_index
+from stackwise.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``tokens`` (B, T + 1) int64, and the sample id and epoch (B,) of each row."""
+
+    tokens: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    epoch: NDArray[np.int64]
+
+
+class Batches:
+    """Non-overlapping windows of a token array, in an order that is new in every epoch.
+
+    Sample i is tokens[i·T : i·T + T + 1]. Position p of the endless stream is sample π_e(p mod N) of epoch e = p div N,
+    with π_e a permutation that depends on (seed, e). There is no iterator state: resuming, several workers and several
+    ranks cannot change the data.
+
+    Args:
+        tokens: 1-D ids, in memory or memory-mapped.
+        seq_len: T.
+        batch_size: B.
+        seed: of the order.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int) -> None:
+        self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
+        self.n_samples = (len(tokens) - 1) // seq_len
+        if self.n_samples < 1:
+            raise UserError(
+                f"training.seq_len: {seq_len} needs at least {seq_len + 1} training tokens, but the text has "
+                f"{len(tokens)}; give more text or a smaller seq_len"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step``, from 0."""
+        place = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epoch, within = place // self.n_samples, place % self.n_samples
+        sample = permutation_index(within, self.n_samples, self.seed, epoch)
+        return Batch(windows(self.tokens, sample * self.seq_len, self.seq_len), sample, epoch)
+
+
+def windows(tokens: np.ndarray, starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Rows tokens[s : s + seq_len + 1] of each start, int64."""
+    return np.stack([tokens[s : s + seq_len + 1] for s in starts]).astype(np.int64)
+
+
+def validation_windows(n_tokens: int, seq_len: int, max_tokens: int | None = None) -> NDArray[np.int64]:
+    """Starts of the windows to score: all that follow each other, or about ``max_tokens`` tokens' worth, evenly spread."""
+    n = (n_tokens - 1) // seq_len
+    if n < 1:
+        raise UserError(
+            f"training.seq_len: {seq_len} needs at least {seq_len + 1} validation tokens, but there are {n_tokens}; "
+            "give more text, a larger data.validation_fraction or a smaller seq_len"
+        )
+    wanted = n if max_tokens is None else min(n, max(1, max_tokens // seq_len))
+    return (np.arange(wanted, dtype=np.int64) * n // wanted) * seq_len

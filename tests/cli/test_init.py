@@ -1,0 +1,66 @@
+"""``stackwise init``: the file it writes, and what it will not overwrite."""
+
+from pathlib import Path
+
+import pytest
+
+from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig, yaml_io
+from stackwise.config.presets import ABOUT, PRESETS, preset_config
+
+
+def test_the_file_written_loads_as_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    assert StackWiseConfig.from_yaml("config.yaml") == StackWiseConfig()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("wrote config.yaml (preset default); next: stackwise train config.yaml")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_written_and_explained(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    assert main(["init", str(file), "--preset", name]) == 0
+    assert StackWiseConfig.from_yaml(file) == preset_config(name)
+    capsys.readouterr()
+    main(["init", "--help"])
+    assert f"{name:<12}{ABOUT[name]}\n" in capsys.readouterr().out
+
+
+def test_a_dash_writes_to_standard_output_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "-", "--preset", "bert"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert StackWiseConfig.from_dict(yaml_io.parse(out, "stdout")) == preset_config("bert")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("mine")
+    assert main(["init", str(file)]) == 2
+    assert capsys.readouterr() == ("", f"stackwise: {file}: already exists; --force overwrites it\n")
+    assert file.read_text() == "mine"
+    assert main(["init", str(file), "--force"]) == 0
+    assert StackWiseConfig.from_yaml(file) == StackWiseConfig()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "none" / "c.yaml"
+    assert main(["init", str(file)]) == 2
+    assert capsys.readouterr().err == f"stackwise: {file}: the folder {file.parent} does not exist\n"
+    assert main(["init", str(tmp_path), "--force"]) == 2
+    assert capsys.readouterr().err == f"stackwise: {tmp_path}: is a folder; name a file\n"
+
+
+def test_an_unknown_preset_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    assert main(["init", str(file), "--preset", "brt"]) == 2
+    assert capsys.readouterr().err.endswith("; did you mean bert?\n")
+    assert not file.exists()
