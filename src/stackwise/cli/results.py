@@ -26,7 +26,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, s
     """Prints a table; the first column is left-aligned, the others right."""
     console = Console(stderr=stderr)
     if not console.is_terminal:
-        console.width = 160  # a pipe has no width to fit
+        console.width = 220  # a pipe has no width to fit
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(header):
         grid.add_column(name, justify="left" if i == 0 else "right")

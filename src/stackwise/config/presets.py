@@ -10,7 +10,20 @@ from stackwise.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "demo": {"training": {"max_steps": 600}},
+    "demo": {
+        "model": {"d_model": 192, "n_heads": 6, "architecture": {"n_stacks": 3, "blocks_per_stack": 1}},
+        "training": {
+            "batch_size": 16,
+            "seq_len": 128,
+            "max_flops": 1.6e13,
+            "optimizer": {"lr": 4e-3, "betas": [0.9, 0.98]},
+            "schedule": {"kind": "cosine", "min_lr_ratio": 0.05},
+            "progressive": {"phase_fractions": [0.25, 0.3, 0.45]},
+            "evaluation": {"max_tokens": 65536},
+            "checkpoint": {"every_steps": 200},
+        },
+        "data": {"tokenizer": {"vocab_size": 1024}},
+    },
     "tiny": {
         "model": {"d_model": 64, "architecture": {"n_stacks": 2, "blocks_per_stack": 1}},
         "training": {"batch_size": 8, "seq_len": 64, "max_steps": 100, "schedule": {"warmup_steps": 10}},

@@ -257,6 +257,11 @@ class TrainingConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of matrix products; auto: bfloat16 autocast on cuda that has it, else float32"
     )
+    cpu_allocator: Literal["auto", "tight", "fast"] = Field(
+        "auto",
+        description="On a CPU: tight gives freed tensors back to the system at once, and memory stays at the plan's; "
+        "fast keeps them for reuse (about a third more memory); auto: tight from d_model 512 on",
+    )
     compile: bool = Field(False, description="torch.compile the Stacks")
     activation_checkpointing: bool = Field(
         False, description="Recompute each Block's activations in the backward pass: less memory, more FLOPs"
@@ -297,6 +302,10 @@ class TrainingConfig(Section):
     @property
     def objective(self) -> Literal["clm", "mlm"]:
         return self.progressive.training_objective
+
+
+TIGHT_FROM_WIDTH = 512
+"""``cpu_allocator: auto`` is tight from this d_model on."""
 
 
 class TokenizerConfig(Section):
@@ -398,6 +407,12 @@ class StackWiseConfigFields(Section):
                     f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
                 )
         return self
+
+    @property
+    def tight_allocator(self) -> bool:
+        """Whether freed tensors leave the process at once (on a CPU): the cost of that falls with the width."""
+        wanted = self.training.cpu_allocator
+        return wanted == "tight" or (wanted == "auto" and self.model.d_model >= TIGHT_FROM_WIDTH)
 
     @property
     def target_stacks(self) -> int:

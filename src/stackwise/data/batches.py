@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from stackwise.data.hashing import permutation_index
 from stackwise.errors import UserError
 
+_SAMPLES_AT_ONCE = 1 << 10
+"""Places of the stream whose samples are looked up together: for one batch, numpy's calls cost more than the work."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,27 +40,45 @@ class Batches:
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int) -> None:
         self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
         self.n_samples = (len(tokens) - 1) // seq_len
+        self._known = (0, np.empty((2, 0), dtype=np.int64))
         if self.n_samples < 1:
             raise UserError(
                 f"training.seq_len: {seq_len} needs at least {seq_len + 1} training tokens, but the text has "
                 f"{len(tokens)}; give more text or a smaller seq_len"
             )
 
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in one pass over all samples."""
+        return self.n_samples * self.seq_len
+
     def batch(self, step: int) -> Batch:
         """The batch of ``step``, from 0."""
-        place = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epoch, within = place // self.n_samples, place % self.n_samples
-        sample = permutation_index(within, self.n_samples, self.seed, epoch)
+        sample, epoch = self._samples(step * self.batch_size)
         return Batch(windows(self.tokens, sample * self.seq_len, self.seq_len), sample, epoch)
+
+    def _samples(self, place: int) -> NDArray[np.int64]:
+        """Sample ids and epochs, (2, B), of the batch at ``place`` of the stream; remembers those that follow."""
+        first, known = self._known
+        if not first <= place <= first + known.shape[1] - self.batch_size:
+            first = place
+            places = np.arange(first, first + max(self.batch_size, _SAMPLES_AT_ONCE), dtype=np.int64)
+            epoch, within = places // self.n_samples, places % self.n_samples
+            known = np.stack((permutation_index(within, self.n_samples, self.seed, epoch), epoch))
+            known.flags.writeable = False  # batches are views of it
+            self._known = first, known
+        return known[:, place - first : place - first + self.batch_size]
 
 
 def windows(tokens: np.ndarray, starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Rows tokens[s : s + seq_len + 1] of each start, int64."""
-    return np.stack([tokens[s : s + seq_len + 1] for s in starts]).astype(np.int64)
+    return np.asarray(tokens)[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)
 
 
 def validation_windows(n_tokens: int, seq_len: int, max_tokens: int | None = None) -> NDArray[np.int64]:
-    """Starts of the windows to score: all that follow each other, or about ``max_tokens`` tokens' worth, evenly spread."""
+    """Starts of the windows to score: all that follow each other, or at most ``max_tokens`` (one window at least) of
+    their targets, spread evenly.
+    """
     n = (n_tokens - 1) // seq_len
     if n < 1:
         raise UserError(

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -33,8 +34,12 @@ PIECE = 1 << 18
 """Bytes in a piece, at most; pieces end at line ends where there are any."""
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .org .html .htm .xml .css .csv .tsv .yaml .yml .toml .py .pyi .c .h .cc .cpp "
-    ".hpp .cu .cuh .java .kt .scala .js .mjs .ts .tsx .jsx .go .rs .rb .php .pl .lua .r .jl .swift .hs .ml .sh .sql".split()
+    (
+        *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".css", ".csv", ".tsv"),
+        *(".yaml", ".yml", ".toml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".kt"),
+        *(".scala", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".go", ".rs", ".rb", ".php", ".pl", ".lua", ".r", ".jl"),
+        *(".swift", ".hs", ".ml", ".sh", ".sql"),
+    )
 )
 JSON_LINES_SUFFIXES = frozenset((".jsonl", ".ndjson"))
 PARQUET_SUFFIX = ".parquet"
@@ -60,8 +65,9 @@ class Corpus(ABC):
     def fingerprint(self, progress: Progress | None = None) -> str:
         """SHA-256 (hex) of what ``documents`` gives, or of what determines it."""
 
+    @abstractmethod
     def check_unchanged(self) -> None:
-        """Raises ``RunError`` when the corpus is not any more the one that ``fingerprint`` saw."""
+        """Raises ``RunError`` when the corpus is no longer the one that ``fingerprint`` saw."""
 
 
 def open_corpus(config: DataConfig, cache_dir: str | Path | None = None) -> Corpus:
@@ -133,7 +139,7 @@ def _expand(entry: str, key: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and how its documents are read. ``form`` enters the fingerprint; it says all that the reading depends on."""
+    """A file and how its documents are read. ``form`` says all that the reading depends on, for the fingerprint."""
 
     path: Path
     form: str
@@ -188,24 +194,27 @@ class FileCorpus(Corpus):
 
     def fingerprint(self, progress: Progress | None = None) -> str:
         known = self._read_memo()
-        remembered: dict[str, list[Any]] = {}
+        remembered: dict[str, Any] = {}
         whole = hashlib.sha256()
         total, done = sum(source.size for source in self._sources), 0
         for source in self._sources:
             state = _state(source.path)
             self._seen[source.path] = state
             name = str(source.path.absolute())
-            if known.get(name, [None])[:-1] == state:
-                digest = known[name][-1]
-                done += state[0]
+            entry = known.get(name)
+            if isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("sha256"), str):
+                digest = entry["sha256"]
             else:
-                digest = ""
-                for digest, n in _hash_file(source.path):
-                    done += n
+                before = done
+
+                def advance(n: int, before: int = before) -> None:
                     if progress is not None:
-                        progress("checking the text", min(done, total), total)
+                        progress("checking the text", min(before + n, total), total)
+
+                digest = _hash_file(source.path, advance)
+            done += state[0]
             if time.time_ns() - max(state[1:]) > _SETTLED_NS:
-                remembered[name] = [*state, digest]
+                remembered[name] = {"state": state, "sha256": digest}
             whole.update(json.dumps([source.form, digest]).encode("ascii"))
         if progress is not None:
             progress("checking the text", total, total)
@@ -224,14 +233,16 @@ class FileCorpus(Corpus):
         names = "\0".join(str(source.path.absolute()) for source in self._sources)
         return self._memo / f"{hashlib.sha256(os.fsencode(names)).hexdigest()[:32]}.json"
 
-    def _read_memo(self) -> dict[str, list[Any]]:
+    def _read_memo(self) -> dict[str, Any]:
+        """What is remembered of each file; nothing where the memo is missing or damaged, since it only saves time."""
         file = self._memo_file()
         try:
-            return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a memo only saves time
+            memo = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
+        return memo if isinstance(memo, dict) else {}
 
-    def _write_memo(self, memo: dict[str, list[Any]]) -> None:
+    def _write_memo(self, memo: dict[str, Any]) -> None:
         file = self._memo_file()
         if file is None:
             return
@@ -248,14 +259,15 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _hash_file(path: Path) -> Iterator[tuple[str, int]]:
-    """(the SHA-256 so far, bytes just read); the last pair has the hash of the whole file."""
-    digest = hashlib.sha256()
+def _hash_file(path: Path, advance: Callable[[int], None]) -> str:
+    """SHA-256 (hex) of a file; ``advance`` is called with the bytes read so far."""
+    digest, done = hashlib.sha256(), 0
     with _reading(path), open(path, "rb") as file:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
-            yield "", len(chunk)
-    yield digest.hexdigest(), 0
+            done += len(chunk)
+            advance(done)
+    return digest.hexdigest()
 
 
 def _text_document(path: Path) -> Iterator[Document]:
@@ -341,7 +353,7 @@ def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: the field {text_field!r} holds {text[error.start]!r}, half of a surrogate pair, which is not text"
+            f"{where}: the field {text_field!r} holds half of a surrogate pair ({text[error.start]!r})"
         ) from None
     return text
 
@@ -386,11 +398,10 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
 def _library_sources(memo: Path) -> FileCorpus:
     """The sources of Python's own library on this machine, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not _LIBRARY_FOLDERS_LEFT_OUT & set(path.relative_to(root).parts[:-1]) and path.is_file()
-    ]
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - _LIBRARY_FOLDERS_LEFT_OUT
+        files += [path for name in names if (path := Path(folder, name)).suffix == ".py" and path.is_file()]
     if not files:
         raise UserError(
             f"data.source: python-stdlib: no sources in {root}; give text with data.source=files data.path=…"
@@ -413,11 +424,11 @@ def _python_source(path: Path) -> Iterator[Document]:
 
 
 class HuggingFaceCorpus(Corpus):
-    """A data set of the Hugging Face hub, streamed, at the revision that it has when it is opened.
+    """A data set of the Hugging Face hub, at the revision that it has when it is opened. Each pass streams it again.
 
     Args:
-        name: of the data set; ``name@revision`` (a full commit hash) fixes the revision, and then an existing token
-            store is found without the network.
+        name: of the data set, or ``name@revision``: a branch, a tag or a full commit hash. With a hash, a token store
+            that was built before is found without the network.
         subset: its configuration, or ``None``.
         split: train, validation…
         text_field: the column that holds the text.
@@ -433,14 +444,16 @@ class HuggingFaceCorpus(Corpus):
             raise UserError(
                 f"data.path: {name!r}: reading Hugging Face data sets needs datasets: pip install 'stackwise[datasets]'"
             ) from None
+        if Path(name).exists():
+            raise UserError(f"data.path: {name!r} is on this machine; set data.source: files to read it")
         self._name, _, revision = name.partition("@")
         self._subset, self._split, self._text_field = subset, split, text_field
         self._datasets = datasets
-        if revision:
+        if re.fullmatch("[0-9a-f]{40}", revision):
             self._revision = revision
         else:
             try:
-                self._revision = str(huggingface_hub.HfApi().dataset_info(self._name).sha)
+                self._revision = str(huggingface_hub.HfApi().dataset_info(self._name, revision=revision or None).sha)
             except _network_errors() as error:
                 raise self._unreadable(error) from None
         self.description = f"{self._name} at {self._revision[:8]}, {split}"
@@ -467,6 +480,9 @@ class HuggingFaceCorpus(Corpus):
         parts = ["huggingface", self._name, self._subset, self._split, self._revision, self._text_field]
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """A revision does not change."""
+
     def _unreadable(self, error: BaseException) -> UserError:
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         return UserError(
@@ -478,7 +494,8 @@ class HuggingFaceCorpus(Corpus):
 def _network_errors() -> tuple[type[BaseException], ...]:
     """What reading from the hub can raise; the transport library depends on the version of the hub's client."""
     errors: list[type[BaseException]] = [OSError, ValueError]
-    for module, name in (("httpx", "HTTPError"), ("aiohttp", "ClientError"), ("datasets.exceptions", "DatasetsError")):
+    transports = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
+    for module, name in (*transports, ("datasets.exceptions", "DatasetsError")):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)

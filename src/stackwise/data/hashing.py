@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_PERMUTATION = 0x5045524D  # the stream of permutations; others are small numbers
+_ROUNDS = 6
 
 
 def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
@@ -24,39 +26,47 @@ def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
 
 def hash64(*coordinates: ArrayLike) -> NDArray[np.uint64]:
     """A 64-bit hash of the broadcast integer ``coordinates``, in their order."""
-    state = np.uint64(0)
+    state = np.zeros((), dtype=np.uint64)
     for coordinate in coordinates:
         state = splitmix64(state ^ np.asarray(coordinate).astype(np.uint64))
-    return np.asarray(state)
+    return state
 
 
 def uniform(
     seed: int, epoch: ArrayLike, sample: ArrayLike, position: ArrayLike, stream: int = 0
 ) -> NDArray[np.float64]:
     """Uniform on [0, 1), with 53 bits. ``stream`` gives independent numbers at the same place."""
-    return (hash64(stream, seed, epoch, sample, position) >> np.uint64(11)) * 2.0**-53
+    return (hash64(stream, seed, epoch, sample, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation_index(index: ArrayLike, n: int, seed: int, epoch: ArrayLike) -> NDArray[np.int64]:
-    """Elements ``index`` of a pseudo-random permutation of range(n), in O(1) memory.
+    """Elements ``index`` of the pseudo-random permutation of range(n) that (seed, epoch) names, in O(1) memory.
 
-    Four Feistel rounds over the smallest 4^w ≥ n; a value outside range(n) is permuted again until it is inside
-    ("cycle walking", Black and Rogaway 2002), which keeps the map a bijection.
+    Feistel rounds over pairs (left, right) of Z_a × Z_b with a·b ≥ n and a ≈ b ≈ √n; a value outside range(n) is
+    permuted again until it is inside ("cycle walking", Black and Rogaway 2002), which keeps the map a bijection. The
+    domain exceeds n by at most about √n, so that this is rare; over a power of two it would be the rule.
+
+    Raises:
+        ValueError: an index outside range(n).
     """
-    half = max(1, ((max(n, 2) - 1).bit_length() + 1) // 2)
-    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = [hash64(0x5045524D, seed, epoch, r) for r in range(4)]
+    wanted, epochs = np.broadcast_arrays(np.asarray(index, dtype=np.int64), np.asarray(epoch))
+    if n < 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= n)):
+        raise ValueError(f"an index lies outside range({n})")
+    keys = hash64(_PERMUTATION, seed, epochs.ravel(), np.arange(_ROUNDS)[:, None])  # (rounds, size of index)
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    x = _permute(wanted.ravel().astype(np.uint64), keys, a, b)
+    while (outside := np.flatnonzero(x >= n)).size:
+        x[outside] = _permute(x[outside], keys[:, outside], a, b)
+    return x.astype(np.int64).reshape(wanted.shape)
 
-    def permute(x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-        left, right = x >> shift, x & low
-        for key in keys:
-            left, right = right, left ^ (splitmix64(right ^ key) & low)
-        return (left << shift) | right
 
-    x, *spread = np.broadcast_arrays(np.asarray(index).astype(np.uint64), *keys)
-    x = permute(x, spread)
-    outside = x >= n
-    while outside.any():
-        x[outside] = permute(x[outside], [key[outside] for key in spread])
-        outside = x >= n
-    return x.astype(np.int64)
+def _permute(x: NDArray[np.uint64], keys: NDArray[np.uint64], a: int, b: int) -> NDArray[np.uint64]:
+    """A bijection of range(a·b), whatever the keys: each round adds to one half what depends on the other alone."""
+    left, right = np.divmod(x, np.uint64(b))
+    for number, key in enumerate(keys):
+        if number % 2:
+            right = (right + (splitmix64(key ^ left) >> np.uint64(16))) % np.uint64(b)
+        else:
+            left = (left + (splitmix64(key ^ right) >> np.uint64(16))) % np.uint64(a)
+    return left * np.uint64(b) + right

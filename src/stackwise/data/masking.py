@@ -5,6 +5,8 @@ B sequences, T tokens.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,11 +39,25 @@ def bert_mask(
     Args:
         tokens: (B, T); epoch, sample: (B,), where each row comes from.
     """
-    ordinary = np.setdiff1d(np.arange(vocab_size), sorted(special_ids), assume_unique=True)
-    place = (epoch[:, None], sample[:, None], np.arange(tokens.shape[1])[None, :])
-    special = np.isin(tokens, sorted(special_ids))
-    picked = (uniform(seed, *place, stream=WHICH) < rate) & ~special
+    special, ordinary = _vocabulary(special_ids, vocab_size)
+    u = uniform(seed, epoch[:, None], sample[:, None], np.arange(tokens.shape[1]), stream=WHICH)
+    picked = (u < rate) & ~special[tokens]
+    targets = np.where(picked, tokens, IGNORE)
+    row, position = np.nonzero(picked)
+    place = (epoch[row], sample[row], position)
     how = uniform(seed, *place, stream=HOW)
     drawn = ordinary[(uniform(seed, *place, stream=WHAT) * len(ordinary)).astype(np.int64)]
-    hidden = np.where(how < mask_share, mask_id, np.where(how < mask_share + random_share, drawn, tokens))
-    return np.where(picked, hidden, tokens), np.where(picked, tokens, IGNORE)
+    inputs = tokens.copy()
+    hidden = np.where(how < mask_share, mask_id, drawn)
+    inputs[row, position] = np.where(how < mask_share + random_share, hidden, tokens[row, position])
+    return inputs, targets
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(special_ids: frozenset[int], vocab_size: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Whether each id is special, and the ids that are not."""
+    special = np.zeros(vocab_size, dtype=bool)
+    special[sorted(special_ids)] = True
+    ordinary = np.flatnonzero(~special)
+    special.flags.writeable = ordinary.flags.writeable = False
+    return special, ordinary

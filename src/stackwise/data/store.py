@@ -19,7 +19,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,8 +47,9 @@ AUTO_DOCUMENTS = 20
 BPE_TRAINING_BYTES = 1 << 28
 """BPE learns from at most about this much text, taken evenly from all over the training side."""
 
-_BATCH_CHARACTERS = 1 << 22
+_BATCH_CHARACTERS = 1 << 21
 _BATCH_TEXTS = 1 << 14
+_REPORT_BYTES = 1 << 18
 _BUCKETS = 1 << 16
 _RECORD = struct.Struct("<Hq")  # of a document: the hash of its content, its characters
 _FILES = ("train.bin", "validation.bin")
@@ -102,7 +102,7 @@ def prepare(
     Raises:
         UserError: the corpus or the tokenizer cannot be used. RunError: the disk is full, or a store is damaged.
     """
-    report = progress or _silent
+    report = _sparse(progress)
     root = cache_root(cache_dir if cache_dir is not None else config.cache_dir)
     tokenizer = _ready_tokenizer(config)
     if need_mask and tokenizer is not None and tokenizer.mask_id is None:
@@ -116,7 +116,10 @@ def prepare(
     for _ in range(2):
         tokenizer_folder = root / "tokenizers" / _key(content, _split_settings(config), config.tokenizer.model_dump())
         if tokenizer is None and tokenizer_folder.is_dir():
-            tokenizer = load_tokenizer(tokenizer_folder)
+            try:
+                tokenizer = load_tokenizer(tokenizer_folder)
+            except RunError as error:
+                raise RunError(f"{error}; delete this folder and start again") from None
         if tokenizer is not None:
             key = _key(content, _split_settings(config), tokenizer.fingerprint)
             folder = root / "tokens" / key
@@ -154,8 +157,17 @@ def encode_files(paths: Sequence[str], tokenizer: Tokenizer, text_field: str) ->
     return np.concatenate(arrays), n_bytes
 
 
-def _silent(description: str, done: int, total: int | None) -> None:
-    pass
+def _sparse(progress: Progress | None) -> Progress:
+    """``progress``, called at the start and the end of each kind of work and every ``_REPORT_BYTES`` between."""
+    last = ("", 0)
+
+    def report(description: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if progress is not None and (description != last[0] or done == total or done >= last[1] + _REPORT_BYTES):
+            last = (description, done)
+            progress(description, done, total)
+
+    return report
 
 
 def _key(*parts: object) -> str:
@@ -231,11 +243,13 @@ def _build(
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(store / name, "wb")) for name in _FILES]
         for part, ids in _encode(_parts(corpus, scan, split), tokenizer):
-            files[part.side].write(memoryview(ids).cast("B"))
+            files[part.side].write(ids.tobytes())
             tokens[part.side] += len(ids)
             n_bytes[part.side] += part.n_bytes
             report("tokenizing", sum(n_bytes), scan.n_bytes)
     corpus.check_unchanged()
+    if not all(tokens):
+        raise UserError(f"data.path: {corpus.description}: {scan.n_bytes:,} bytes of text are too few to split")
     meta = {
         "format": FORMAT_VERSION,
         "corpus": corpus.description,

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes and characters (built in), byte-level BPE learnt from a corpus, and existing ``tokenizer.json`` files.
+"""Tokenizers: bytes and characters (built in), byte-level BPE learnt from a corpus, and ``tokenizer.json`` files.
 
 Text is always plain text: a corpus that contains the letters ``<|endoftext|>`` gets the tokens of those letters, never
 the special token.
@@ -64,25 +64,26 @@ class Tokenizer(ABC):
         """Text of ids. Specials give nothing; bytes that are no UTF-8 give U+FFFD."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer; a new ``folder`` appears whole or not at all, in an existing one files are replaced."""
+        """Writes the tokenizer; a new ``folder`` appears whole or not at all, in an existing one files are replaced.
+
+        Raises:
+            RunError: the disk is full or the place cannot be written to.
+        """
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        description = {"format": _FORMAT, "kind": self.kind, "fingerprint": self.fingerprint}
         try:
-            description = {
-                "format": _FORMAT,
-                "kind": self.kind,
-                "fingerprint": self.fingerprint,
-                **self._save(temporary),
-            }
-            text = json.dumps(description, ensure_ascii=False, indent=1)
-            (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8", newline="")
+            temporary.mkdir(parents=True)
+            text = json.dumps(description | self._save(temporary), indent=1)
+            (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
             if folder.exists():
                 for path in temporary.iterdir():
                     os.replace(path, folder / path.name)
             else:
                 os.rename(temporary, folder)
+        except OSError as error:
+            raise RunError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -141,8 +142,8 @@ class CharacterTokenizer(Tokenizer):
         if unknown.size:
             character = text[unknown[0]]
             raise UserError(
-                f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} characters "
-                "that this tokenizer knows; leave it out, or train with data.tokenizer.kind: bytes or bpe"
+                f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} that "
+                "this tokenizer knows; leave it out, or train with data.tokenizer.kind: bytes or bpe"
             )
         return ids.astype(np.int64)
 
@@ -170,15 +171,14 @@ class LibraryTokenizer(Tokenizer):
         library.no_truncation()
         library.no_padding()
         roles = [token for token in (end, pad, mask) if token is not None]
-        library.add_special_tokens([token for token in roles if not _is_special(library, token)])
+        library.add_special_tokens([token for token in roles if token not in _specials(library)])
         library.encode_special_tokens = True
         self._library = library
         ids = [None if token is None else library.token_to_id(token) for token in (end, pad, mask)]
         assert ids[0] is not None
         self.end_id, self.pad_id, self.mask_id = ids[0], ids[1], ids[2]
         self._role_ids = np.array([i for i in ids if i is not None])
-        added = library.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = frozenset(_specials(library).values())
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = _fingerprint(kind, json.loads(library.to_str()), ids)
         self._roles = {"end": end, "pad": pad, "mask": mask}
@@ -211,9 +211,8 @@ def _ids(ids: Iterable[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
 
 
-def _is_special(library: Library, token: str) -> bool:
-    added = library.get_added_tokens_decoder().get(library.token_to_id(token))
-    return added is not None and added.special
+def _specials(library: Library) -> dict[str, int]:
+    return {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> LibraryTokenizer:

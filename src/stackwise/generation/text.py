@@ -27,27 +27,28 @@ def stream_text(
 ) -> Iterator[str]:
     """Yields what follows ``prompt`` piece by piece, until ``n_tokens`` or the end of the document.
 
-    An empty prompt starts a document. Pieces hold whole characters. Raises ``UserError`` for a masked model.
+    An empty prompt starts a document. Pieces hold whole characters. Raises ``UserError``, before the first piece, for a
+    masked model and for a prompt that the tokenizer cannot write.
     """
     if config.training.objective != "clm":
         raise UserError(
             f"this run was trained with {config.training.objective}, which fills gaps and does not go on from a prompt; "
             "generate needs clm"
         )
-    return _pieces(rack, tokenizer, prompt, n_tokens, seed, temperature, top_k, top_p)
+    start = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
+    return _pieces(rack, tokenizer, start, n_tokens, seed, temperature, top_k, top_p)
 
 
 def _pieces(
     rack: Rack,
     tokenizer: Tokenizer,
-    prompt: str,
+    start: list[int],
     n_tokens: int,
     seed: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> Iterator[str]:
-    start = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
     never = frozenset(tokenizer.special_ids) - {tokenizer.end_id}
     never |= frozenset(range(tokenizer.vocab_size, rack.vocab_size))  # rows of the head that no token has
     ids = torch.tensor([start], device=rack.embedding.weight.device)

@@ -56,6 +56,8 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
         raise UserError(f"training.progressive.target_stacks: {target}, but the Rack has {len(present)} Stacks already")
     shares = settings.phase_fractions or (1.0,) * target
     total = sum(shares[first:]) / (1.0 - joint)
+    if total == 0.0:
+        raise UserError(f"training.progressive.phase_fractions: the Stacks to grow, from {first} on, have no share")
     drafts: list[Draft] = []
     stacks = present
     for new in range(first, target):

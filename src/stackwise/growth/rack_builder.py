@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import nn
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Growth
-from stackwise.model.architecture import Rack, Stack, create_rack_from_config, create_stack_from_config
+from stackwise.model.architecture import Rack, Stack, Stacks, create_rack_from_config, create_stack_from_config
 from stackwise.model.initialisation import RESIDUAL_OUTPUTS
 from stackwise.model.layers import never_trained
 from stackwise.model.weights import load_weights, save_weights
@@ -54,7 +54,7 @@ def grow_rack(rack: Rack, growth: Growth, stacks: Iterable[int], config: StackWi
     elif growth.init == "identity":
         zero_residual_outputs(new)
     present[growth.stack] = new
-    rack.stacks = nn.ModuleList(present[k] for k in stacks)
+    rack.stacks = Stacks(present[k] for k in stacks)
 
 
 class ProgressiveRackBuilder:
@@ -85,6 +85,8 @@ class ProgressiveRackBuilder:
         new = max(order, default=-1) + 1
         neighbour = (order[0] if at_left else order[-1]) if order else None
         init = init or self.config.training.progressive.new_stack_init
+        if init not in ("random", "identity", "copy"):
+            raise ValueError(f"init is {init!r}; allowed: random, identity, copy")
         if neighbour is None:
             init = "random"
         growth = Growth(new, init, neighbour if init == "copy" else None)  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ class ProgressiveRackBuilder:
             raise UserError(f"{path}: not a Rack; save_rack writes one")
         order = [int(k) for k in metadata["stacks"].split(",") if k]
         rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size)
-        rack.stacks = nn.ModuleList(create_stack_from_config(k, self.config) for k in order)
+        rack.stacks = Stacks(create_stack_from_config(k, self.config) for k in order)
         own = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
         _copy_into(own, tensors, path)
         self.rack = rack
@@ -174,7 +176,7 @@ class ProgressiveRackBuilder:
 
 
 @torch.no_grad()
-def _copy_into(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+def _copy_into(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise UserError(f"{path}: its weights do not fit this config; first difference: {odd[0]}")

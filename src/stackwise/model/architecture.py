@@ -65,6 +65,13 @@ class Block(nn.Module):
         return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
 
 
+class Blocks(nn.ModuleList):
+    """A ``ModuleList`` that type checkers know to hold Blocks."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
 class Stack(nn.Module):
     """A run of Blocks: the unit of growth, freezing, checkpointing and caching.
 
@@ -76,7 +83,7 @@ class Stack(nn.Module):
     def __init__(self, stack_id: int, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.stack_id = stack_id
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(blocks)
         self.activation_checkpointing = False
 
     def forward(
@@ -95,6 +102,13 @@ class Stack(nn.Module):
             else:
                 x = block(x, attention_mask, rope, None if caches is None else caches[i])
         return x
+
+
+class Stacks(nn.ModuleList):
+    """A ``ModuleList`` that type checkers know to hold Stacks."""
+
+    def __iter__(self) -> Iterator[Stack]:
+        return super().__iter__()  # type: ignore[return-value]
 
 
 class Rack(nn.Module):
@@ -124,7 +138,7 @@ class Rack(nn.Module):
         super().__init__()
         self.vocab_size, self.d_model = vocab_size, d_model
         self.embedding = TokenEmbedding(vocab_size, d_model, dropout, freeze_embeddings)
-        self.stacks = nn.ModuleList(stacks)
+        self.stacks = Stacks(stacks)
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
 
@@ -151,6 +165,11 @@ class Rack(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for stack in self.stacks for block in stack.blocks]
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.embedding.dropout > 0 or any(b.dropout > 0 or b.attention.dropout > 0 for b in self.blocks())
+
     def checkpoint_activations(self, on: bool) -> None:
         """Keep only each Block's input for the backward pass, and recompute the rest there."""
         for stack in self.stacks:
@@ -164,7 +183,7 @@ class Rack(nn.Module):
         return KVCache(len(blocks), max_tokens)
 
     def _rope_tables(self, n_tokens: int, start: int, device: torch.device) -> RopeTables:
-        keys = {block.attention.rope_key for block in self.blocks()} - {None}
+        keys = {block.attention.rope_key for block in self.blocks() if block.attention.rope_key is not None}
         return {key: rope_table(n_tokens, *key, device, start) for key in keys}
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

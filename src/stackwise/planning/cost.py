@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from stackwise.config.base import StackWiseConfig
 from stackwise.growth.phases import Phase
 from stackwise.growth.rack_builder import set_trainable
-from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
+from stackwise.model.architecture import Rack, Stacks, create_rack_from_config, create_stack_from_config
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 
@@ -178,7 +178,7 @@ def phase_coster(
             with FakeTensorMode():
                 model = create_rack_from_config(config, 0, vocab_size) if rack is None else _fake_copy(rack)
                 there = {stack.stack_id: stack for stack in model.stacks}
-                model.stacks = nn.ModuleList(
+                model.stacks = Stacks(
                     there[k] if k in there else create_stack_from_config(k, config) for k in phase.stacks
                 )
                 model.checkpoint_activations(training.activation_checkpointing)

@@ -30,11 +30,15 @@ def peak_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float
     return measured_flops(device, compute_dtype or torch.float32)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    """The best FLOP/s of a few products of two ``size``² matrices."""
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 768, seconds: float = 0.4) -> float:
+    """The best FLOP/s of products of two ``size``² matrices, tried for so many ``seconds``.
+
+    The best, since other work on the machine only slows a product down.
+    """
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     best = float("inf")
-    for _ in range(repeats + 1):
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         b = a @ a
         float(b[0, 0])  # waits for the device

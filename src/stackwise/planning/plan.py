@@ -125,6 +125,11 @@ def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None) ->
             "(set model.vocab_size to plan with another)"
         )
     planned = plan_phases(config, vocab_size)
+    if planned.device.type == "cpu" and not config.tight_allocator:
+        notes.append(
+            "this is the memory that tensors take; the allocator keeps freed ones for reuse, and resident memory is "
+            "about a third above it (training.cpu_allocator=tight holds to the plan, and is slower)"
+        )
     last = planned.costs[-1]
     # A checkpoint holds the weights and the moments of what trains; one more exists while the oldest is deleted.
     checkpoint = max(4 * c.parameters + ADAM_BYTES * c.trainable_parameters for c in planned.costs)

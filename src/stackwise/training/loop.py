@@ -257,7 +257,7 @@ class Loop:
     ) -> tuple[float, float, int]:
         """One optimizer step: (mean loss of the tokens that count, gradient norm, tokens read)."""
         training, state = self.config.training, self.state
-        if self.config.model.dropout:
+        if self.rack.has_dropout:
             torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
         example = self.source.example(state.step).to(self.device)
         count = example.n_targets

@@ -14,14 +14,14 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 LARGE_ALLOCATION = 1 << 20
-"""Bytes from which glibc is to take an allocation from, and give it back to, the system."""
+"""Bytes from which glibc, told to, takes an allocation from the system and gives it back at once."""
 
 
 def return_freed_memory() -> None:
     """Makes freed tensors leave the process: on glibc, allocations of a MiB or more are mapped one by one.
 
     By default glibc raises that threshold up to 32 MiB as it goes and keeps what is freed below it, so resident memory
-    drifts a third above what lives. Measured on a Rack of width 512 (docs/log.md): same speed, 0.75 of the memory.
+    drifts a third above what lives. Mapping costs page faults, the more the narrower the model (docs/log.md has both).
     """
     if platform.libc_ver()[0] == "glibc":
         m_mmap_threshold = -3  # malloc.h
@@ -46,8 +46,6 @@ class PeakMemory:
         self.device = device
         self.measurable = device.type == "cuda" or (device.type == "cpu" and _can_reset_peak())
         self._base = 0
-        if device.type == "cpu":
-            return_freed_memory()
         if self.measurable:
             self._base = _resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
         self.reset()

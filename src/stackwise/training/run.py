@@ -26,7 +26,7 @@ from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from stackwise.training.loop import Loop, load_rack_weights
-from stackwise.training.memory import PeakMemory
+from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
@@ -136,6 +136,8 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         objective = create_objective(training, data.tokenizer)
         loader = ProgressiveDataLoader(data.train, config)
         planned = plan_phases(config, _vocab_size(config, data.tokenizer))
+        if planned.device.type == "cpu" and config.tight_allocator:
+            return_freed_memory()
         memory = PeakMemory(planned.device)
         if checkpoint is None:
             rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
@@ -200,7 +202,7 @@ def validate_run(
 def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
     """A hash of the data and of every setting that decides what the steps compute."""
     settings = config.to_dict()
-    for key in ("device", "logging", "checkpoint"):
+    for key in ("device", "cpu_allocator", "logging", "checkpoint"):
         settings["training"].pop(key)
     settings["data"] = data.key
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -68,6 +68,11 @@ class IterableSource:
     def example(self, step: int) -> Example:
         ids, mask, labels = _unpack(self._next())
         B, T = ids.shape
+        if labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
+            raise UserError(
+                "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing counts "
+                "(shifting and masking is done here)"
+            )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = real if labels is None else real & (labels != IGNORE)
         sample = np.arange(self._sample, self._sample + B)
@@ -75,7 +80,7 @@ class IterableSource:
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
         example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch)))
-        shifted = torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
+        shifted = real & torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
         counted = shifted if self._objective.predicts_every_token else counts
         targets = torch.where(counted, example.targets, IGNORE)
         return Example(example.inputs, targets, None if mask is None else real)

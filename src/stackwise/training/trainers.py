@@ -16,7 +16,7 @@ from stackwise.objectives import CausalObjective, Objective, create_objective
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.planning.cost import phase_coster
 from stackwise.training.loop import Loop
-from stackwise.training.memory import PeakMemory
+from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter, SilentReporter
 from stackwise.training.sources import IterableSource, ProgressiveDataLoader, TokenSource, peek_shape
 
@@ -25,7 +25,7 @@ class _Trainer:
     """What both share.
 
     Args:
-        config: ``training`` is what is read; shapes come from the Rack, batches from the data loader.
+        config: ``training`` is what is read; shapes come from the Rack (or its builder), batches from the data loader.
         tokenizer: needed by mlm, which must know the mask token.
         reporter: what is shown; default nothing.
     """
@@ -52,6 +52,8 @@ class _Trainer:
         config = config.override([f"training.batch_size={shape[0]}", f"training.seq_len={shape[1]}"])
         device = resolve_device(config.training.device)
         dtype = resolve_compute_dtype(config.training, device)
+        if device.type == "cpu" and config.tight_allocator:
+            return_freed_memory()
         memory = PeakMemory(device)
         cost = phase_coster(config, rack.vocab_size, dtype, rack)
         present = tuple(stack.stack_id for stack in rack.stacks)
@@ -106,6 +108,7 @@ class ProgressiveTrainer(_Trainer):
                 f"training.progressive.building_mode={rack_builder.building_mode}",
             ]
         )
+        config = StackWiseConfig.from_dict({**config.to_dict(), "model": rack_builder.config.to_dict()["model"]})
         results = self._train(config, rack_builder.rack, dataloader)
         return {**results, "rack": rack_builder.get_rack_info()}
 

@@ -1,0 +1,261 @@
+"""Runs that are killed, stopped, damaged and resumed, in processes of their own.
+
+The claim: after SIGKILL at any instant, resuming gives bit for bit what an uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stackwise.cli.main import main
+
+KILLS_A_WORKER = 10
+LIMIT = 240
+"""Seconds that one process may take on a busy machine."""
+CONFIG = """
+model: {d_model: 16, n_heads: 2, d_ff: 40, dropout: 0.1, architecture: {n_stacks: 3, blocks_per_stack: 1}}
+training:
+  batch_size: 5
+  seq_len: 17
+  max_steps: 53
+  progressive: {trunk_strategy: frozen, joint_fraction: 0.25, new_stack_init: copy, optimizer_state: copy}
+  schedule: {warmup_steps: 3, rewarmup_steps: 2}
+  checkpoint: {every_steps: 3}
+  evaluation: {max_tokens: 340}
+  logging: {every_steps: 1}
+  device: cpu
+data: {source: files, tokenizer: {kind: bpe, vocab_size: 307}}
+"""
+pytestmark = pytest.mark.timeout(900)
+SAME = ("step", "phase", "stack", "tokens", "loss", "lr", "grad_norm", "flops", "validation_loss")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``config.yaml`` and the text that it trains on."""
+    folder = tmp_path_factory.mktemp("work")
+    draw = random.Random(11)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(400)]
+    (folder / "texts").mkdir()
+    for i in range(31):
+        (folder / "texts" / f"{i:02}.txt").write_text(" ".join(draw.choices(words, k=1500)))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work: Path) -> Path:
+    """A run that nothing happened to."""
+    process = start(work, "uninterrupted")
+    assert process.wait(LIMIT) == 0, process.stderr.read() if process.stderr else ""
+    return work / "uninterrupted"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The threads that the other processes have: sums of floats depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start(work: Path, name: str) -> subprocess.Popen[str]:
+    """Goes on with the run ``name`` if there is one, else starts it. Each run has a token store of its own."""
+    run = work / name
+    if (run / "config.yaml").exists():
+        arguments = ["resume", str(run)]
+    else:
+        settings = [f"data.path={work / 'texts'}", f"data.cache_dir={work / (name + '-cache')}"]
+        arguments = ["train", str(work / "config.yaml"), *settings, "--out", str(run)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "stackwise", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on what happened to it: weights, moments, losses, records."""
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    newest = json.loads(max((run / "checkpoints").glob("step-*.json")).read_text())
+    clock = {"seconds", "peak_memory_bytes"}
+    return {
+        "weights": summary["weights_sha256"],
+        "validation": summary["validation"],
+        "totals": [summary["tokens"], summary["flops"]],
+        "phases": [{k: v for k, v in phase.items() if k not in clock} for phase in summary["phases"]],
+        "metrics": [{key: line.get(key) for key in SAME} for line in lines],
+        "objects": newest["parts"],  # the optimizer's among them
+    }
+
+
+@dataclass
+class Worker:
+    """Trains runs in turn and kills them until it has done so ``KILLS_A_WORKER`` times."""
+
+    work: Path
+    number: int
+    life: float
+    kills: int = 0
+    runs: list[Path] = field(default_factory=list)
+    hit: set[str] = field(default_factory=set)
+
+    def go(self) -> Worker:
+        draw = random.Random(self.number)
+        while self.kills < KILLS_A_WORKER:
+            name = f"killed-{self.number}-{len(self.runs)}"
+            self.runs.append(self.work / name)
+            complete = False
+            while not complete:
+                process = start(self.work, name)
+                if self.kills < KILLS_A_WORKER:
+                    self._kill(process, name, draw)
+                code, said = process.wait(LIMIT), process.stderr.read() if process.stderr else ""
+                if code not in (0, -signal.SIGKILL):
+                    raise AssertionError(f"{name} ended with {code}:\n{said}")
+                self.kills += code == -signal.SIGKILL
+                complete = code == 0
+        return self
+
+    def _kill(self, process: subprocess.Popen[str], name: str, draw: random.Random) -> None:
+        """Kills at a random instant of the run's life, or, every other time, in the middle of some piece of writing."""
+        run, tokens = self.work / name, self.work / f"{name}-cache" / "tokens"
+        unfinished = {
+            "token store": (tokens, ".building-*"),
+            "checkpoint object": (run / "checkpoints" / "objects", ".*.tmp"),
+            "checkpoint manifest": (run / "checkpoints", ".step-*.tmp"),
+        }
+
+        def running() -> bool:
+            return process.poll() is None
+
+        def seen(what: str) -> bool:
+            folder, pattern = unfinished[what]
+            return any(folder.glob(pattern))
+
+        # Nothing happens to a run while its process imports: its life starts with the lock.
+        lock = run / ".lock"
+        while running() and not (lock.exists() and lock.read_text() == str(process.pid)):
+            time.sleep(0.002)
+        if self.kills % 2:
+            time.sleep(draw.uniform(0, self.life))
+        else:
+            built = tokens.exists() and any(not path.name.startswith(".") for path in tokens.iterdir())
+            what = draw.choice(("checkpoint object", "checkpoint manifest")) if built else "token store"
+            time.sleep(draw.uniform(0, self.life / 4))
+            while running() and not seen(what):
+                time.sleep(0.0002)
+        process.kill()
+        process.wait(LIMIT)
+        self.hit |= {what for what in unfinished if seen(what)}
+
+
+def test_a_run_killed_at_twenty_instants_ends_bit_identical_to_an_uninterrupted_one(
+    work: Path, uninterrupted: Path
+) -> None:
+    expected = outcome(uninterrupted)
+    life = sum(phase["seconds"] for phase in json.loads((uninterrupted / "summary.json").read_text())["phases"])
+    with ThreadPoolExecutor(2) as pool:
+        workers = list(pool.map(Worker.go, [Worker(work, number, life) for number in range(2)]))
+    assert sum(worker.kills for worker in workers) == 20
+    assert set().union(*(worker.hit for worker in workers)) >= {"token store", "checkpoint object"}
+    for run in (run for worker in workers for run in worker.runs):
+        assert outcome(run) == expected, run.name
+        assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_3_and_resume_goes_on_exactly(
+    which: signal.Signals, work: Path, uninterrupted: Path, one_thread: None
+) -> None:
+    run = work / which.name
+    process = start(work, run.name)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 10):
+        time.sleep(0.002)
+    process.send_signal(which)
+    _, said = process.communicate(timeout=LIMIT)
+    assert process.returncode == 3, said
+    steps = len(metrics.read_text().splitlines())
+    assert 10 <= steps < 53
+    assert said.splitlines()[-1] == f"stackwise: stopped by {which.name} after step {steps}; its checkpoint is saved"
+    assert (run / "checkpoints" / f"step-{steps:08}.json").exists()
+    assert not (run / "summary.json").exists()
+    assert main(["resume", str(run)]) == 0
+    assert outcome(run) == outcome(uninterrupted)
+
+
+@pytest.fixture
+def finished(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the uninterrupted run that a test may spoil."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+
+
+def newest_steps(run: Path) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in (run / "checkpoints").glob("step-*.json"))
+
+
+def test_resuming_from_an_earlier_step_takes_the_same_course_again(
+    finished: Path, uninterrupted: Path, one_thread: None
+) -> None:
+    earlier, last = newest_steps(finished)
+    assert earlier < last == 53
+    (finished / "summary.json").unlink()
+    assert main(["resume", str(finished), "--step", str(earlier)]) == 0
+    assert outcome(finished) == outcome(uninterrupted)
+
+
+def test_resuming_a_complete_run_changes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(finished)): p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+
+    before = files()
+    assert main(["resume", str(finished), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(before["summary.json"])
+    assert said.err == f"{finished} is complete; nothing to do\n"
+    assert files() == before
+
+
+def test_a_damaged_newest_checkpoint_is_one_line_and_the_one_before_it_serves(
+    finished: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    earlier, last = newest_steps(finished)
+    (finished / "summary.json").unlink()
+    manifest = json.loads((finished / "checkpoints" / f"step-{last:08}.json").read_text())
+    damaged = finished / "checkpoints" / "objects" / f"{manifest['parts']['stack.2']['object']}.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert main(["resume", str(finished)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"stackwise: the checkpoint of step {last} is damaged") and f"--step {earlier}" in error
+    assert main(["resume", str(finished), "--step", str(earlier)]) == 0
+    assert outcome(finished) == outcome(uninterrupted)
+
+
+def test_training_into_a_run_is_refused(finished: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"data.path={work / 'texts'}", f"data.cache_dir={work / 'uninterrupted-cache'}"]
+    assert main(["train", str(work / "config.yaml"), *settings, "--out", str(finished)]) == 2
+    assert capsys.readouterr().err == (
+        f"stackwise: {finished} holds a run; stackwise resume {finished} goes on with it, or choose another --out\n"
+    )
