@@ -23,6 +23,8 @@ import pytest
 import torch
 
 from stackwise.cli.main import main
+from stackwise.errors import RunError
+from stackwise.training.loop import Loop
 
 KILLS_A_WORKER = 10
 LIMIT = 240
@@ -219,8 +221,25 @@ def test_resuming_from_an_earlier_step_takes_the_same_course_again(
 ) -> None:
     earlier, last = newest_steps(finished)
     assert earlier < last == 53
-    (finished / "summary.json").unlink()
     assert main(["resume", str(finished), "--step", str(earlier)]) == 0
+    assert outcome(finished) == outcome(uninterrupted)
+
+
+def test_a_run_that_goes_back_and_fails_at_once_is_not_complete_and_goes_on_from_there(
+    finished: Path, uninterrupted: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, last = newest_steps(finished)
+
+    def fail(*_: object) -> None:
+        raise RunError("no step was taken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", fail)
+        assert main(["resume", str(finished), "--step", str(earlier)]) == 1
+    assert not (finished / "summary.json").exists()
+    assert newest_steps(finished) == [earlier]
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == earlier
+    assert main(["resume", str(finished)]) == 0
     assert outcome(finished) == outcome(uninterrupted)
 
 

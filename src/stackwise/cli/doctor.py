@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackwise import __version__
+from stackwise.data.cache import cache_root
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def examine() -> dict[str, Any]:
     device = resolve_device("auto")
     speeds = linear_speeds(device, compared_dtypes(device))
     automatic = "float32" if resolve_compute_dtype(TrainingConfig(), device) is None else "bfloat16"
-    cache = cache_folder()
+    cache = cache_root()
     return {
         "stackwise": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -157,11 +158,6 @@ def describe(facts: dict[str, Any]) -> str:
         have = ", ".join(f"{name} {version}" for name, version in packages.items())
         rows.append((f"extra {extra}", f"missing: pip install 'stackwise[{extra}]'" if missing else have))
     return "\n".join(f"{name:<16}{text}" for name, text in rows) + f"\n\n{compute['advice']}"
-
-
-def cache_folder() -> Path:
-    """Where token stores go when ``data.cache_dir`` is null."""
-    return Path(os.environ.get("STACKWISE_CACHE") or Path.home() / ".cache" / "stackwise")
 
 
 def _gb(size: int | None) -> str:

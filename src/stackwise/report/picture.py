@@ -73,6 +73,7 @@ def draw_run(run: str | Path, out: str | Path) -> None:
         edges = np.cumsum([0.0, *(record["flops"] for record in summary["phases"])])
         _draw_losses(losses, phases, summary, metrics, edges)
         _draw_rack(rack, phases, edges)
+        figure.legend(loc="outside upper left", ncols=5, frameon=False, columnspacing=1.6, handlelength=1.4)
         figure.savefig(picture, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else None)
     content = picture.getvalue()
     if kind == "svg":
@@ -101,26 +102,37 @@ def _draw_losses(
         if lines:
             flops, loss = np.array([[line["flops"], line["loss"]] for line in lines]).T
             axes.plot(*_thinned(flops, loss), color=LINE, alpha=0.28, linewidth=0.9)
-            axes.plot(*_thinned(flops, smoothed(loss, len(metrics) / 40)), color=LINE, linewidth=1.9)
+            axes.plot(*_thinned(flops, smoothed(loss, len(metrics) / 25)), color=LINE, linewidth=1.9)
     scored = [(edge, record) for edge, record in zip(edges[1:], records) if record["validation_loss"] is not None]
     values = [record["validation_loss"] for _, record in scored]
     per_byte = all(record["bits_per_byte"] is not None for _, record in scored)
     number = "bits_per_byte" if per_byte else "validation_loss"
     axes.plot([edge for edge, _ in scored], values, "o", color=DOT, markersize=6, clip_on=False, zorder=5)
     for edge, record in scored:
+        # The curve comes from the left: the number goes to the side of the dot where the curve is not.
+        nearby = [x["loss"] for x in metrics if x["phase"] == record["name"] and x["flops"] > edge - 0.07 * edges[-1]]
+        above = not nearby or record["validation_loss"] > float(np.mean(nearby))
         axes.annotate(
-            f"{record[number]:.3f}", (edge, record["validation_loss"]), (-7, 9), textcoords="offset points",
-            ha="right", va="bottom", color=DOT, fontweight="bold", fontsize=10, zorder=6,
+            f"{record[number]:.3f}",
+            (edge, record["validation_loss"]),
+            (-7, 8 if above else -8),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            color=DOT,
+            fontweight="bold",
+            fontsize=10,
+            zorder=6,
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.2},
-        )  # fmt: skip
+        )
     # The first steps fall from log V and would flatten all that follows: they may leave the picture at its top.
     raw = np.array([line["loss"] for line in metrics])
     top, bottom = max([float(np.quantile(raw, 0.97)), *values]), min([float(raw.min()), *values])
     room = top - bottom or 1.0
-    axes.set_ylim(bottom - 0.08 * room, top + 0.30 * room)
+    axes.set_ylim(bottom - 0.14 * room, top + 0.30 * room)
     axes.set_ylabel("loss, nats per token")
-    handles = axes.plot([], [], color=LINE, linewidth=1.9), axes.plot([], [], "o", color=DOT)
-    names = ("training", "validation, " + ("in bits per byte" if per_byte else "in nats per token"))
+    axes.plot([], [], color=LINE, linewidth=1.9, label="training loss")
+    axes.plot([], [], "o", color=DOT, label=f"validation, in {'bits per byte' if per_byte else 'nats per token'}")
     for k, phase in enumerate(phases):
         axes.axvspan(edges[k], edges[k + 1], color=BANDS[k % 2], linewidth=0, zorder=0)
         if edges[k + 1] - edges[k] > 0.08 * edges[-1]:
@@ -130,23 +142,22 @@ def _draw_losses(
                 linespacing=1.35, fontsize=8.5,
             )  # fmt: skip
     axes.set_xlim(0, edges[-1])
-    axes.legend(
-        [handle[0] for handle in handles], names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False,
-        borderaxespad=0.2,
-    )  # fmt: skip
     axes.tick_params(bottom=False, labelbottom=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_rack(axes: Axes, phases: list[Phase], edges: NDArray[np.float64]) -> None:
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Rectangle
 
     gap = 0.004 * edges[-1]
+    unnamed = {NEW: "new Stack", TRAINED: "training Stack", FROZEN: "frozen Stack"}  # in the legend
     for k, phase in enumerate(phases):
         for height, stack in enumerate(phase.stacks):
             colour = state_of(phase, stack)
             left, width = edges[k] + gap, edges[k + 1] - edges[k] - 2 * gap
-            axes.add_patch(Rectangle((left, height + 0.06), max(width, gap), 0.88, facecolor=colour, linewidth=0))
+            box = Rectangle((left, height + 0.06), max(width, gap), 0.88, facecolor=colour, linewidth=0)
+            box.set_label(unnamed.pop(colour, None))
+            axes.add_patch(box)
             if width > 0.03 * edges[-1]:
                 ink = INK if colour == FROZEN else "white"
                 axes.text(
@@ -156,10 +167,6 @@ def _draw_rack(axes: Axes, phases: list[Phase], edges: NDArray[np.float64]) -> N
     axes.set_yticks([])
     axes.set_ylabel("Stacks")
     axes.set_xlabel("FLOPs of training")
-    names = {NEW: "new", TRAINED: "training", FROZEN: "frozen"}
-    used = {state_of(phase, stack) for phase in phases for stack in phase.stacks}
-    patches = [Patch(facecolor=colour, label=name) for colour, name in names.items() if colour in used]
-    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(0, 1.02), frameon=False, handlelength=1.2)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -199,6 +199,17 @@ class CheckpointStore:
         self._latest = manifest.parts
         return Checkpoint(step, manifest.state, _Parts(self, manifest, torch.device(device)))
 
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, for a run that goes back to ``step``. CheckpointError if it cannot."""
+        if all(other <= step for other in self._manifest_steps()):
+            return
+        try:
+            self._retain(step)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoints after step {step} cannot be deleted from {self.folder}: {error.strerror or error}"
+            ) from error
+
     def _read_part(self, manifest: _Manifest, name: str, device: torch.device) -> dict[str, Tensor]:
         try:
             return self._read_object(manifest.step, name, manifest.parts[name], device)

@@ -315,7 +315,9 @@ class Loop:
         load_rack_weights(self.rack, checkpoint)
         self._moments = unflatten(checkpoint.part("optimizer"))
         self.state = RunState.from_dict(checkpoint.state["run"])
-        assert self.run is not None
+        assert self.run is not None and self.store is not None
+        # Checkpoints before metrics: killed in between, the run still has every line up to its newest checkpoint.
+        self.store.delete_after(self.state.step)
         self.run.truncate_metrics(self.state.step)
 
     def _log(self, metrics: dict[str, Any]) -> None:

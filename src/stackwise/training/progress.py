@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class Reporter(Protocol):
@@ -111,7 +111,7 @@ class LiveReporter:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            MofNCompleteColumn(),  # shows "?" where the total is not known
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
             console=console,

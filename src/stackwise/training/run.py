@@ -82,7 +82,12 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
     run = RunDir.create(out, config.to_yaml())
-    return _go(run, config, reporter, None)
+    try:
+        return _go(run, config, reporter, None)
+    except UserError:
+        if not run.checkpoints.exists():
+            run.discard()  # nothing was trained: the same command, corrected, may use the same folder
+        raise
 
 
 def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -135,6 +136,14 @@ class RunDir:
             raise UserError(f"{run.path} is not a run: it has no config.yaml")
         return run
 
+    def discard(self) -> None:
+        """Removes a run that has not begun: its config and its tokenizer, and the folder if nothing else is in it."""
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        for path in (self.config, self.metrics, self.path / ".lock"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it: that stays
+            self.path.rmdir()
+
     def _refuse_if_taken(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
@@ -201,10 +210,14 @@ class RunDir:
         return [record for _, record in self._metric_lines()]
 
     def truncate_metrics(self, step: int) -> None:
-        """Keeps the complete lines of steps up to ``step`` and drops a torn end; for a resume from ``step``."""
-        if not self.metrics.exists():
-            return
+        """Keeps the complete lines of steps up to ``step`` and drops a torn end; for a resume from ``step``.
+
+        The summary goes first: a run that goes on from one of its steps is no longer complete.
+        """
         try:
+            self.summary.unlink(missing_ok=True)
+            if not self.metrics.exists():
+                return
             write_atomic(self.metrics, (line for line, record in self._metric_lines() if record["step"] <= step))
             sync_directory(self.path)
         except OSError as error:

@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stackwise.config import StackWiseConfig
+from stackwise.config.schema import MaskingConfig
+from stackwise.data.batches import Batch, Batches
+from stackwise.data.tokenizers import ByteTokenizer
+from stackwise.errors import UserError
+from stackwise.model.architecture import create_simple_rack
+from stackwise.objectives import CausalObjective, MaskedObjective, create_objective
+from stackwise.ops.losses import IGNORE
+
+V, SPECIALS, MASK = 37, frozenset({0, 1, 2}), 2
+
+
+def objective(seed=0, **masking):
+    return MaskedObjective(MaskingConfig(**masking), seed=seed, mask_id=MASK, special_ids=SPECIALS, vocab_size=V)
+
+
+def batch(B=211, T=101, epoch=0, low=3):
+    tokens = np.random.default_rng(0).integers(low, V, (B, T + 1))
+    return Batch(tokens, np.arange(B), np.full(B, epoch))
+
+
+def shares(example, tokens):
+    """Of all tokens: picked; of the picked: masked, replaced by another token, left."""
+    picked = example.targets != IGNORE
+    masked = (example.inputs == MASK) & picked
+    left = (example.inputs == tokens) & picked
+    n = picked.sum()
+    return [float(x) for x in (picked.float().mean(), masked.sum() / n, (picked & ~masked & ~left).sum() / n, left.sum() / n)]
+
+
+def test_inputs_hide_the_targets_at_the_shares_of_the_config():
+    source = batch()
+    tokens = torch.from_numpy(source.tokens[:, :-1])
+    example = objective(rate=0.3, mask_share=0.6, random_share=0.3).corrupt(source)
+    picked, masked, replaced, left = shares(example, tokens)
+    assert picked == pytest.approx(0.3, abs=0.01)
+    assert masked == pytest.approx(0.6, abs=0.03)
+    assert replaced == pytest.approx(0.3 * 33 / 34, abs=0.03)  # a random token is the same one in 34
+    assert left == pytest.approx(0.1 + 0.3 / 34, abs=0.03)
+    counted = example.targets != IGNORE
+    assert torch.equal(example.targets[counted], tokens[counted])
+    assert torch.equal(example.inputs[~counted], tokens[~counted])
+
+
+def test_specials_are_neither_picked_nor_changed():
+    source = batch(low=0)
+    tokens = torch.from_numpy(source.tokens[:, :-1])
+    example = objective(rate=0.9).corrupt(source)
+    special = torch.isin(tokens, torch.tensor(sorted(SPECIALS)))
+    assert special.sum() > 100
+    assert (example.targets[special] == IGNORE).all()
+    assert torch.equal(example.inputs[special], tokens[special])
+
+
+def test_masks_differ_between_batches_epochs_and_seeds_and_repeat():
+    first = objective().corrupt(batch()).targets
+    assert torch.equal(first, objective().corrupt(batch()).targets)
+    assert not torch.equal(first, objective().corrupt(batch(epoch=1)).targets)
+    assert not torch.equal(first, objective(seed=1).corrupt(batch()).targets)
+    source = batch()
+    others = Batch(source.tokens, source.sample + 211, source.epoch)
+    assert not torch.equal(first, objective().corrupt(others).targets)
+
+
+def test_a_model_learns_nothing_about_random_tokens_that_it_does_not_see():
+    """With every picked token hidden, the loss on uniform tokens cannot fall below ln V: it would if targets leaked."""
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(1).integers(3, V, 20011)
+    rack = create_simple_rack(1, 1, 26, 19, 13, V, attention_mode="bidirectional")
+    batches = Batches(tokens, 31, 13, seed=0)
+    hidden = objective(rate=0.3, mask_share=1.0, random_share=0.0)
+    seen = objective(rate=0.3, mask_share=0.0, random_share=0.0)
+
+    def train(objective):
+        optimizer = torch.optim.AdamW(rack.parameters(), lr=0.01, weight_decay=0.0)
+        losses = []
+        for step in range(60):
+            example = objective.corrupt(batches.batch(step))
+            loss = objective.loss(rack, example, 1 / example.n_targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return float(np.mean(losses[-10:]))
+
+    assert math.log(V - 3) - 0.03 < train(hidden) < math.log(V - 3) + 0.3
+    assert train(seen) < 0.5  # the same model does learn where the targets are in its inputs
+
+
+def test_the_loss_is_at_the_picked_positions_and_on_the_corrupted_inputs():
+    rack = create_simple_rack(1, 1, 26, 19, 13, V, attention_mode="bidirectional")
+    example = objective().corrupt(batch(5, 11))
+    got = objective().loss(rack, example, 1 / example.n_targets)
+    picked = example.targets != IGNORE
+    torch.testing.assert_close(got, F.cross_entropy(rack(example.inputs)[picked], example.targets[picked]))
+
+
+def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
+    config = StackWiseConfig.from_dict({})
+    assert isinstance(create_objective(config.training, ByteTokenizer()), CausalObjective)
+    config = config.override(
+        [
+            "training.progressive.training_objective=mlm",
+            "model.attention_preset=bert_style",
+            "training.seed=7",
+            "training.masking.rate=0.4",
+        ]
+    )
+    tokenizer = ByteTokenizer()
+    made = create_objective(config.training, tokenizer)
+    assert isinstance(made, MaskedObjective)
+    assert (made.seed, made.masking.rate, made.mask_id) == (7, 0.4, tokenizer.mask_id)
+    assert (made.special_ids, made.vocab_size) == (tokenizer.special_ids, tokenizer.vocab_size)
+    tokenizer.mask_id = None
+    with pytest.raises(UserError, match="no mask token"):
+        create_objective(config.training, tokenizer)
