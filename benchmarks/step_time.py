@@ -9,7 +9,8 @@ so that each block has some); what is timed is everything between two of its req
 its batches sliced beforehand and does nothing but train.
 
 Without options two settings are run: nanoGPT's for a CPU, and a larger one. The last line is JSON; ``ratio`` is ours
-over the plain loop's, of the medians (of the setting where it is smallest).
+over the plain loop's, of the medians (of the setting where it is smallest). ``ratio_of_cpu_time`` is the
+same of processor time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ class Turns:
 
     def __init__(self, source: TokenSource, plain: PlainLoop, block: int, device: torch.device) -> None:
         self.source, self.plain, self.block, self.device = source, plain, block, device
-        self.ours: list[float] = []
-        self.plains: list[float] = []
-        self._resumed = 0.0
+        self.ours: list[np.ndarray] = []
+        self.plains: list[np.ndarray] = []
+        self._resumed = np.zeros(2)
 
     def example(self, step: int) -> Example:
         if step % self.block == 0:
@@ -106,10 +107,11 @@ class Turns:
             self._resumed = self._now()
         return self.source.example(step)
 
-    def _now(self) -> float:
+    def _now(self) -> np.ndarray:
+        """Seconds of the clock and of this process' processor time, (2,)."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return np.array([time.perf_counter(), time.process_time()])
 
 
 def measure(shape: dict[str, int], rounds: int, block: int, device: str, folder: Path) -> dict[str, Any]:
@@ -161,7 +163,8 @@ def measure(shape: dict[str, int], rounds: int, block: int, device: str, folder:
         reporter=SilentReporter(),
         memory=PeakMemory(planned.device),
     ).train()
-    ours, plains = turns.ours[WARMUP_ROUNDS:], turns.plains[WARMUP_ROUNDS:]
+    ours, ours_cpu = np.array(turns.ours[WARMUP_ROUNDS:]).T
+    plains, plains_cpu = np.array(turns.plains[WARMUP_ROUNDS:]).T
     last = next(line["loss"] for line in reversed(run.read_metrics()) if line["step"] <= steps)
     block_tokens = block * config.training.batch_size * config.training.seq_len
     return {
@@ -173,6 +176,7 @@ def measure(shape: dict[str, int], rounds: int, block: int, device: str, folder:
         "plain_tokens_per_second": round(block_tokens / statistics.median(plains), 1),
         "ratio": round(statistics.median(plains) / statistics.median(ours), 4),
         "median_of_round_ratios": round(statistics.median(p / o for p, o in zip(plains, ours)), 4),
+        "ratio_of_cpu_time": round(statistics.median(plains_cpu) / statistics.median(ours_cpu), 4),
         "ours_ms": round(1000 * statistics.median(ours) / block, 3),
         "plain_ms": round(1000 * statistics.median(plains) / block, 3),
         "loss": last,

@@ -228,7 +228,7 @@ def test_resuming_from_an_earlier_step_takes_the_same_course_again(
 def test_a_run_that_goes_back_and_fails_at_once_is_not_complete_and_goes_on_from_there(
     finished: Path, uninterrupted: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier, last = newest_steps(finished)
+    earlier, _ = newest_steps(finished)
 
     def fail(*_: object) -> None:
         raise RunError("no step was taken")

@@ -52,7 +52,9 @@ def order(rack):
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("mode", ["append", "prepend"])
 def test_a_stack_that_starts_as_the_identity_leaves_the_logits_bit_identical(mode, tied):
-    made = builder("training.progressive.trunk_strategy=trainable", f"model.tie_embeddings={tied}", mode=mode, n_stacks=2)
+    made = builder(
+        "training.progressive.trunk_strategy=trainable", f"model.tie_embeddings={tied}", mode=mode, n_stacks=2
+    )
     mask = torch.ones(3, 11, dtype=torch.bool)
     mask[1, 7:] = False
     before = made.rack(ids()), made.rack(ids(), mask)

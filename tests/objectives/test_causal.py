@@ -42,7 +42,9 @@ def test_the_loss_is_scaled_and_leaves_out_what_does_not_count():
     targets[4] = IGNORE
     got = objective.loss(rack, Example(example.inputs, targets), 0.25)
     logits = rack(example.inputs)
-    expected = sum(-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(B) for t in range(T) if targets[b, t] >= 0)
+    expected = sum(
+        -logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(B) for t in range(T) if targets[b, t] >= 0
+    )
     torch.testing.assert_close(got, expected / 4)
 
 

@@ -32,7 +32,10 @@ def shares(example, tokens):
     masked = (example.inputs == MASK) & picked
     left = (example.inputs == tokens) & picked
     n = picked.sum()
-    return [float(x) for x in (picked.float().mean(), masked.sum() / n, (picked & ~masked & ~left).sum() / n, left.sum() / n)]
+    return [
+        float(x)
+        for x in (picked.float().mean(), masked.sum() / n, (picked & ~masked & ~left).sum() / n, left.sum() / n)
+    ]
 
 
 def test_inputs_hide_the_targets_at_the_shares_of_the_config():

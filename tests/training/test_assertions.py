@@ -85,7 +85,7 @@ def test_a_parameter_that_the_optimizer_lacks_is_named_once_patience_is_over():
     steps = Steps(lacking=["head/weight"], patience=5)
     steps.run(4)
     assert not steps.check.done
-    with pytest.raises(RunError, match="head/weight should train .* not changed in 5 steps"):
+    with pytest.raises(RunError, match=r"head/weight should train .* not changed in 5 steps"):
         steps.run(1)
 
 

@@ -585,6 +585,20 @@ def test_tensors_of_a_gpu_come_back_to_it(tmp_path: Path) -> None:
 # The hash of all weights.
 
 
+def test_going_back_deletes_what_is_later_and_keeps_the_rest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=3)
+    for step in (3, 5, 8):
+        store.save(step, random_parts(step), {"seed": step})
+    store.delete_after(8)
+    assert store.steps() == [3, 5, 8]
+    store.delete_after(5)
+    assert store.steps() == [3, 5]
+    for step in (3, 5):
+        assert_loads(tmp_path / "checkpoints", step, step)
+    named = {entry for step in (3, 5) for entry in store.load(step).parts}
+    assert len(objects(tmp_path / "checkpoints")) == 2 * len(named)
+
+
 def test_the_weights_hash_changes_with_name_dtype_shape_and_byte_and_with_nothing_else() -> None:
     base = {"a": torch.arange(15.0).reshape(3, 5), "b": torch.zeros(7, dtype=torch.int32), "c": torch.tensor(2.0)}
     flipped = base["a"].clone()

@@ -203,9 +203,7 @@ def test_accumulation_equals_the_whole_batch_however_the_counting_tokens_are_spr
     )
     settings = (END_TO_END, "training.max_steps=3", "training.optimizer.eps=0.001", "training.grad_clip=null")
     whole, whole_record = trained(*settings, source=Examples(uneven_example()))
-    parts, parts_record = trained(
-        *settings, f"training.micro_batch_size={micro}", source=Examples(uneven_example())
-    )
+    parts, parts_record = trained(*settings, f"training.micro_batch_size={micro}", source=Examples(uneven_example()))
     for a, b in zip(gradients[0], gradients[3]):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert max(float(g.abs().max()) for g in gradients[0]) > 1e-2
@@ -227,7 +225,9 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
 def test_gradients_above_the_limit_are_scaled_to_it_and_others_untouched(at_updates):
     norms = []
     at_updates.before.append(
-        lambda o: norms.append(float(torch.nn.utils.get_total_norm([p.grad for g in o.param_groups for p in g["params"]])))
+        lambda o: norms.append(
+            float(torch.nn.utils.get_total_norm([p.grad for g in o.param_groups for p in g["params"]]))
+        )
     )
     _, free = trained(END_TO_END, "training.max_steps=1", "training.grad_clip=null")
     whole = norms[0]
@@ -389,7 +389,7 @@ def test_compiled_stacks_follow_what_trains_from_phase_to_phase(monkeypatch):
 
 def test_an_identity_stack_starts_a_phase_with_the_loss_that_the_trunk_had():
     example = uneven_example()
-    loop, recorder = trained(
+    _, recorder = trained(
         "training.progressive.new_stack_init=identity", "training.progressive.target_stacks=2",
         "training.max_steps=6", source=Examples(example),
     )  # fmt: skip
@@ -468,9 +468,9 @@ def test_what_is_frozen_has_no_state(at_updates):
 
 def test_two_runs_are_bit_identical_and_another_seed_is_another_run():
     settings = ("model.dropout=0.3", "training.micro_batch_size=2")
-    first, a = trained(*settings)
+    _, a = trained(*settings)
     torch.randn(13)  # whatever else draws from the global generator
-    second, b = trained(*settings)
+    _, b = trained(*settings)
     _, c = trained(*settings, "training.seed=1")
     assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
     assert equal(a.weights(), b.weights())

@@ -39,11 +39,12 @@ def test_what_was_held_before_does_not_count_and_what_is_held_since_counts_after
 
 @needs_linux
 def test_freed_tensors_of_a_mebibyte_leave_the_process():
-    """In a process of its own, whose allocator has not adapted yet."""
+    """In a process of its own, whose allocator has not been told yet."""
     script = """
 import torch
-from stackwise.training.memory import PeakMemory, _resident
-PeakMemory(torch.device("cpu"))
+from stackwise.training.memory import _resident, return_freed_memory
+return_freed_memory()
+torch.ones(16 << 20, dtype=torch.uint8)  # by default the allocator would keep what is smaller from here on
 before = _resident("VmRSS")
 tensors = [torch.ones(3 << 20, dtype=torch.uint8) for _ in range(31)]
 between = _resident("VmRSS")

@@ -30,7 +30,11 @@ def phase(names_of_state, growth=None):
 
 
 def state(seed):
-    return {"step": torch.tensor(5.0), "exp_avg": drawn(3, 2, seed=seed), "exp_avg_sq": drawn(3, 2, seed=seed + 50).abs()}
+    return {
+        "step": torch.tensor(5.0),
+        "exp_avg": drawn(3, 2, seed=seed),
+        "exp_avg_sq": drawn(3, 2, seed=seed + 50).abs(),
+    }
 
 
 def test_adamw_equals_torchs_unfused_one():

@@ -77,7 +77,9 @@ def test_constant_only_warms_up(span):
 @pytest.mark.parametrize("span", ["run", "phase"])
 @pytest.mark.parametrize("steps", [7, 23, 101])
 def test_the_last_step_has_the_smallest_ratio_exactly(kind, span, steps):
-    got = ratios(steps, 3 if steps > 7 else 1, kind=kind, span=span, warmup_steps=3, rewarmup_steps=2, min_lr_ratio=0.13)
+    got = ratios(
+        steps, 3 if steps > 7 else 1, kind=kind, span=span, warmup_steps=3, rewarmup_steps=2, min_lr_ratio=0.13
+    )
     assert got[-1][-1] == pytest.approx(0.13, abs=1e-12)
     if span == "phase":
         assert [phase[-1] for phase in got] == pytest.approx([0.13] * len(got), abs=1e-12)

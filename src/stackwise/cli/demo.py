@@ -30,9 +30,7 @@ def demo(
     summary = resume_run(out, console_reporter()) if going_on else train_run(config, out, console_reporter())
     scores = evaluate_run(out, None, None, SilentReporter())
     loaded = load(out)
-    sample = "".join(
-        stream_text(loaded.rack, loaded.tokenizer, loaded.config, "def ", 160, seed=1, temperature=0.7)
-    )
+    sample = "".join(stream_text(loaded.rack, loaded.tokenizer, loaded.config, "def ", 160, seed=1, temperature=0.7))
     if as_json:
         print_json({**summary, "evaluation": scores, "sample": sample})
         return

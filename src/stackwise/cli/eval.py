@@ -13,7 +13,8 @@ from stackwise.cli.train import Json
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)")
+        list[Path] | None,
+        typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)"),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", min=1, help="Checkpoint to load (default: the newest)")] = None,
     as_json: Json = False,

@@ -17,7 +17,9 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw among so many tokens")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write text that goes on from a prompt, left to right."""

@@ -16,9 +16,7 @@ from stackwise.training.progress import Reporter
 from stackwise.training.run import load
 
 
-def evaluate_run(
-    path: str | Path, data: Sequence[Path] | None, step: int | None, reporter: Reporter
-) -> dict[str, Any]:
+def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None, reporter: Reporter) -> dict[str, Any]:
     """Loss, perplexity and bits a byte of the run in ``path``, and the entropies of the same tokens.
 
     Args:

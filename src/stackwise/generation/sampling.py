@@ -25,11 +25,11 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits with all but the smallest set of tokens of total probability ≥ ``p`` at −∞ (1904.09751 §3.1)."""
+    """Logits with all but the smallest set of tokens of probability ≥ ``p`` (one at least) at −∞ (1904.09751 §3.1)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(dim=-1)
     before = probability.cumsum(dim=-1) - probability
-    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, (before >= p) & (before > 0))
     return logits.masked_fill(drop, float("-inf"))
 
 

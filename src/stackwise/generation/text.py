@@ -32,8 +32,8 @@ def stream_text(
     """
     if config.training.objective != "clm":
         raise UserError(
-            f"this run was trained with {config.training.objective}, which fills gaps and does not go on from a prompt; "
-            "generate needs clm"
+            f"this run was trained with {config.training.objective}, which fills gaps and does not go on from a prompt"
+            "; generate needs clm"
         )
     start = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
     return _pieces(rack, tokenizer, start, n_tokens, seed, temperature, top_k, top_p)

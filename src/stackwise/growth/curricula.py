@@ -83,7 +83,10 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     return drafts
 
 
-CURRICULA: dict[str, Callable[[StackWiseConfig, tuple[int, ...]], list[Draft]]] = {"end_to_end": end_to_end, "progressive": grow}
+CURRICULA: dict[str, Callable[[StackWiseConfig, tuple[int, ...]], list[Draft]]] = {
+    "end_to_end": end_to_end,
+    "progressive": grow,
+}
 
 
 def build_phases(
@@ -115,7 +118,11 @@ def build_phases(
     phases, spent, due = [], 0.0, 0.0
     for draft, cost in zip(drafts, costs):
         due += draft.share * budget
-        steps = math.floor((due - spent) / cost + 1e-9) if draft is not drafts[-1] else math.floor((budget - spent) / cost + 1e-9)
+        steps = (
+            math.floor((due - spent) / cost + 1e-9)
+            if draft is not drafts[-1]
+            else math.floor((budget - spent) / cost + 1e-9)
+        )
         if steps < 1:
             raise UserError(
                 f"the budget of {budget:g} {unit} gives the phase '{draft.phase.name}' no step; raise training.max_{unit}"

@@ -205,9 +205,7 @@ class Rack(nn.Module):
             done += n
         return self.norm(x)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids → logits (B, T, V)."""
         return self.logits(self.hidden(input_ids, attention_mask, cache))
 
@@ -269,7 +267,12 @@ def _create_block(spec: BlockSpec) -> Block:
 
 
 def create_stack_from_spec(
-    stack_id: int, n_blocks: int, block_spec: Mapping[str, Any] | BlockSpec, *, rack_blocks: int | None = None, seed: int = 0
+    stack_id: int,
+    n_blocks: int,
+    block_spec: Mapping[str, Any] | BlockSpec,
+    *,
+    rack_blocks: int | None = None,
+    seed: int = 0,
 ) -> Stack:
     """``n_blocks`` equal Blocks, initialised for a Rack of ``rack_blocks`` Blocks (default: this Stack alone)."""
     spec = block_spec if isinstance(block_spec, BlockSpec) else BlockSpec(**block_spec)

@@ -49,7 +49,11 @@ class KVCache:
         """The mask (B, S) of all keys once ``n_tokens`` more are read; ``None`` while nothing is padded."""
         if mask is None and self.key_mask is None:
             return None
-        old = self.key_mask if self.key_mask is not None else torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        old = (
+            self.key_mask
+            if self.key_mask is not None
+            else torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        )
         new = mask if mask is not None else torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
         self.key_mask = torch.cat((old, new), dim=1)
         return self.key_mask

@@ -47,6 +47,4 @@ class TokenEmbedding(nn.Embedding):
 
 def never_trained(module: nn.Module) -> set[nn.Parameter]:
     """The parameters that no phase trains, as the modules inside ``module`` declare in ``never_trained``."""
-    return {
-        part.get_parameter(name) for part in module.modules() for name in getattr(part, "never_trained", ())
-    }
+    return {part.get_parameter(name) for part in module.modules() for name in getattr(part, "never_trained", ())}

@@ -39,9 +39,7 @@ class Example:
 
     def to(self, device: torch.device) -> Example:
         mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return Example(
-            self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), mask
-        )
+        return Example(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), mask)
 
 
 class Objective(Protocol):

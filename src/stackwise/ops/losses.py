@@ -58,7 +58,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += grad.T @ part
-        saved = [g for g in (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)) if g is not None]
+        saved = [
+            g for g in (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)) if g is not None
+        ]
         ctx.needs = (need_hidden, need_weight)
         ctx.save_for_backward(*saved)
         return total * scale

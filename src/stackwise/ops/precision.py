@@ -27,7 +27,11 @@ def resolve_compute_dtype(training: TrainingConfig, device: torch.device) -> tor
     ``auto`` takes bfloat16 on cuda devices that have it; elsewhere it is often slower than fp32.
     """
     if training.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else None
+        )
     if training.compute_dtype == "bfloat16":
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("training.compute_dtype: this cuda device has no bfloat16; set float32")

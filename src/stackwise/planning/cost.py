@@ -201,7 +201,9 @@ def phase_coster(
                 )
                 model.checkpoint_activations(training.activation_checkpointing)
                 set_trainable(model, phase.trains)
-                known[key] = measure_step(model, training.batch_size // micro, micro, training.seq_len, compute_dtype, runtime)
+                known[key] = measure_step(
+                    model, training.batch_size // micro, micro, training.seq_len, compute_dtype, runtime
+                )
         return known[key]
 
     return cost

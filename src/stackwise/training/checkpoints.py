@@ -200,7 +200,7 @@ class CheckpointStore:
         return Checkpoint(step, manifest.state, _Parts(self, manifest, torch.device(device)))
 
     def delete_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, for a run that goes back to ``step``. CheckpointError if it cannot."""
+        """Deletes the checkpoints of later steps: the run goes back to ``step``. CheckpointError when it cannot."""
         if all(other <= step for other in self._manifest_steps()):
             return
         try:

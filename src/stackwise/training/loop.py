@@ -259,10 +259,11 @@ class Loop:
         training, state = self.config.training, self.state
         if self.rack.has_dropout:
             torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
-        example = self.source.example(state.step).to(self.device)
-        count = example.n_targets
+        example = self.source.example(state.step)
+        count = example.n_targets  # before it moves to the device, which would have to be waited for
         if count == 0:
             raise RunError(f"step {state.step}: no token of the batch counts in the loss; raise batch_size or seq_len")
+        example = example.to(self.device)
         total = torch.zeros((), device=self.device)
         for micro in example.micro_batches(training.micro_batch_size or len(example.inputs)):
             with autocast(self.device, self.compute_dtype):
@@ -274,7 +275,9 @@ class Loop:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
         loss_value, norm_value = float(total), float(norm)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
+            what = (
+                f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
+            )
             raise RunError(
                 f"step {state.step}: {what}; nothing was updated, the last checkpoint is good; "
                 "a lower training.optimizer.lr or a longer warm-up is the usual cure"

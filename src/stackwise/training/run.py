@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -100,24 +101,26 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
 
 
 @contextmanager
-def _interruptible(what: str) -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM before the first step into ``StoppedBySignal``: a resume starts over from the config."""
+def _interruptible() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into ``StoppedBySignal`` where no step is under way (the loop has its own handlers)."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, interrupt) if main else None
     try:
         yield
     except KeyboardInterrupt:
-        raise StoppedBySignal(f"stopped while {what}; resume starts there again") from None
+        raise StoppedBySignal("stopped at once; resume goes on from the last checkpoint, or from the start") from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
     try:
-        with run.lock():
+        with _interruptible(), run.lock():
             return _train(run, config, reporter, step)
     finally:
         reporter.close()
@@ -125,32 +128,31 @@ def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | No
 
 def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
     training = config.training
-    with _interruptible("preparing the data"):
-        store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
-        checkpoint = store.load(step) if step is not None or store.has_any() else None
-        if checkpoint is None:
-            run.truncate_metrics(0)
-        data = prepare(config.data, progress=reporter.work)
-        reporter.note(
-            f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
-            f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
-            f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
-        )
-        if not run.tokenizer.exists():
-            data.tokenizer.save(run.tokenizer)
-        objective = create_objective(training, data.tokenizer)
-        loader = ProgressiveDataLoader(data.train, config)
-        planned = plan_phases(config, _vocab_size(config, data.tokenizer))
-        if planned.device.type == "cpu" and config.tight_allocator:
-            return_freed_memory()
-        memory = PeakMemory(planned.device)
-        if checkpoint is None:
-            rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
-            if planned.phases[0].growth is None:
-                rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
-        else:
-            rack = _rack_of(checkpoint, config, planned.vocab_size)
-            reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
+    store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
+    checkpoint = store.load(step) if step is not None or store.has_any() else None
+    if checkpoint is None:
+        run.truncate_metrics(0)
+    data = prepare(config.data, progress=reporter.work)
+    reporter.note(
+        f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
+        f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
+        f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
+    )
+    if not run.tokenizer.exists():
+        data.tokenizer.save(run.tokenizer)
+    objective = create_objective(training, data.tokenizer)
+    loader = ProgressiveDataLoader(data.train, config)
+    planned = plan_phases(config, _vocab_size(config, data.tokenizer))
+    if planned.device.type == "cpu" and config.tight_allocator:
+        return_freed_memory()
+    memory = PeakMemory(planned.device)
+    if checkpoint is None:
+        rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
+        if planned.phases[0].growth is None:
+            rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
+    else:
+        rack = _rack_of(checkpoint, config, planned.vocab_size)
+        reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
     def score(rack: Rack) -> Validation:
         return validate_run(rack, config, data, planned.compute_dtype)

@@ -24,7 +24,9 @@ class StopRequest:
                 self._previous[which] = signal.signal(which, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for which, handler in self._previous.items():
             signal.signal(which, handler)
 

@@ -67,11 +67,11 @@ class IterableSource:
 
     def example(self, step: int) -> Example:
         ids, mask, labels = _unpack(self._next())
-        B, T = ids.shape
+        B = len(ids)
         if labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
             raise UserError(
-                "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing counts "
-                "(shifting and masking is done here)"
+                "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing "
+                "counts (shifting and masking is done here)"
             )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = real if labels is None else real & (labels != IGNORE)
@@ -107,7 +107,9 @@ def _unpack(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     elif isinstance(batch, list | tuple) and 1 <= len(batch) <= 2:
         parts = (batch[0], None, batch[1] if len(batch) == 2 else None)
     else:
-        raise UserError(f"a batch is a {type(batch).__name__}; give ids, (input_ids, labels) or a mapping with input_ids")
+        raise UserError(
+            f"a batch is a {type(batch).__name__}; give ids, (input_ids, labels) or a mapping with input_ids"
+        )
     ids = parts[0]
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         raise UserError("input_ids must be an integer tensor (sequences, tokens)")

@@ -42,7 +42,9 @@ class _Trainer:
         else:
             raise UserError("training.progressive.training_objective: mlm needs the tokenizer, for its mask token")
 
-    def _train(self, config: StackWiseConfig, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
+    def _train(
+        self, config: StackWiseConfig, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]
+    ) -> dict[str, Any]:
         if isinstance(dataloader, ProgressiveDataLoader):
             source: TokenSource | IterableSource = TokenSource(dataloader, self.objective)
             shape = dataloader.batches.batch_size, dataloader.batches.seq_len

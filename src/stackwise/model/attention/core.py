@@ -47,7 +47,9 @@ class CoreAttention(nn.Module):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if d_model % n_heads or n_heads % n_kv_heads:
-            raise ValueError(f"n_heads ({n_heads}) must divide d_model ({d_model}), and n_kv_heads ({n_kv_heads}) n_heads")
+            raise ValueError(
+                f"n_heads ({n_heads}) must divide d_model ({d_model}), and n_kv_heads ({n_kv_heads}) n_heads"
+            )
         if attention_mode not in ("causal", "bidirectional"):
             raise ValueError(f"attention_mode is {attention_mode!r}; allowed: causal, bidirectional")
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
