@@ -60,7 +60,8 @@ def test_logits_and_gradients_equal_llama_with_the_same_weights(tied, padded):
     rack, ids = rack_and_ids(tie_embeddings=tied)
     with torch.no_grad():  # norms and embeddings that differ from their simple initial values
         for parameter in rack.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            g = torch.Generator().manual_seed(parameter.numel())
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
     llama, pairs = llama_with_the_weights_of(rack, tied)
     mask = torch.ones(B, T, dtype=torch.bool)
     if padded:
@@ -179,8 +180,6 @@ def test_unequal_stacks_from_specs():
 
 
 def test_the_documented_calls_work_verbatim():
-    rack = create_simple_rack(
-        n_stacks=2, blocks_per_stack=4, d_model=64, d_ff=128, n_heads=8, vocab_size=1000
-    )
+    rack = create_simple_rack(n_stacks=2, blocks_per_stack=4, d_model=64, d_ff=128, n_heads=8, vocab_size=1000)
     assert len(rack.blocks()) == 8
     assert sum(p.numel() for p in rack.parameters()) == 8 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 1000 * 64

@@ -60,14 +60,16 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
         for p in summary["phases"]
     ]
     header = (
-        "phase", "steps", "trains", "FLOPs", "peak memory", "time", "first loss", "last loss", "validation", "bits/byte",
+        "phase", "steps", "trains", "FLOPs", "peak memory", "time",
+        "first loss", "last loss", "validation", "bits/byte",
     )  # fmt: skip
     table("", header, rows)
     validation = summary["validation"]
     per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
     console = Console(stderr=True)
     console.print(
-        f"validation loss {validation['loss']:.4f} nats per token, perplexity {validation['perplexity']:.2f}{per_byte}\n"
+        f"validation loss {validation['loss']:.4f} nats per token, "
+        f"perplexity {validation['perplexity']:.2f}{per_byte}\n"
         f"in {run}: try  stackwise generate {run}  or  stackwise eval {run}",
         highlight=False,
         soft_wrap=True,

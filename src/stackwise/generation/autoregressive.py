@@ -49,11 +49,13 @@ def generate(
     for _ in range(n_tokens):
         logits = rack.logits(rack.hidden(tokens, mask, cache)[:, -1]).float()
         logits = suppress(logits, blocked)
+        if temperature > 0:  # before the cuts, as elsewhere: top_p is of the probabilities that are drawn from
+            logits = logits / temperature
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         if top_p is not None:
             logits = keep_top_p(logits, top_p)
-        chosen = sample(logits, temperature, generator)
+        chosen = sample(logits, 1.0 if temperature > 0 else 0.0, generator)
         yield chosen
         stopped |= torch.isin(chosen, stops)
         if stopped.all():

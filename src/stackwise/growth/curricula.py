@@ -125,7 +125,8 @@ def build_phases(
         )
         if steps < 1:
             raise UserError(
-                f"the budget of {budget:g} {unit} gives the phase '{draft.phase.name}' no step; raise training.max_{unit}"
+                f"the budget of {budget:g} {unit} gives the phase '{draft.phase.name}' no step; "
+                f"raise training.max_{unit}"
             )
         spent += steps * cost
         phases.append(replace(draft.phase, steps=steps))

@@ -143,7 +143,7 @@ class ProgressiveRackBuilder:
         save_weights(path, tensors, {"stacks": order})
 
     def load_rack(self, path: str | Path) -> Rack:
-        """Replaces the Rack by the one in ``path``. Raises ``UserError`` when shapes or Stacks do not fit the config."""
+        """Replaces the Rack by the one in ``path``. Raises ``UserError`` when it does not fit the config."""
         tensors, metadata = load_weights(path)
         if "stacks" not in metadata:
             raise UserError(f"{path}: not a Rack; save_rack writes one")

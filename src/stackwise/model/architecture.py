@@ -93,7 +93,7 @@ class Stack(nn.Module):
         rope: RopeTables | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C). With ``activation_checkpointing`` only each Block's input is kept for the backward pass."""
+        """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only."""
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and caches is None:
                 x = checkpoint(
@@ -148,7 +148,7 @@ class Rack(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def parts(self) -> dict[str, nn.Module]:
-        """The units that train, freeze and are saved: ``embedding``, ``stack.<id>`` …, ``norm``, ``head`` (if untied)."""
+        """What trains, freezes and is saved: ``embedding``, ``stack.<id>`` …, ``norm``, ``head`` (if untied)."""
         named: dict[str, nn.Module] = {"embedding": self.embedding}
         named |= {f"stack.{stack.stack_id}": stack for stack in self.stacks}
         named["norm"] = self.norm

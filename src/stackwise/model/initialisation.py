@@ -4,8 +4,10 @@
 |---|---|
 | embedding, untied head | N(0, 0.02²) |
 | q, k, v, gate, up projections (fan-in n) | N(0, 1/n) |
-| o and down projections (fan-in n) | N(0, 1/(n · 2 · Blocks of the Rack)): residual branches add up to the same variance at any depth (GPT-2 §2.3) |
+| o and down projections (fan-in n) | N(0, 1/(n · 2 · Blocks of the Rack)) |
 | norms | 1 |
+
+The residual branches so add up to the same variance at any depth (GPT-2 §2.3).
 
 A tied head reads a normalised hidden state, so its logits start at standard deviation 0.02·√C.
 """

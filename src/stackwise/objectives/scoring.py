@@ -18,7 +18,7 @@ from stackwise.ops.precision import autocast
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a predicted token, e to that power, and bits a byte of text (``None`` where tokens are not all predicted)."""
+    """Mean nats a predicted token, e to that power, and bits a byte of text (``None`` if not all is predicted)."""
 
     loss: float
     perplexity: float

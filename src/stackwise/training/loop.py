@@ -140,8 +140,6 @@ class Loop:
         if checkpoint is not None:
             self._restore(checkpoint)
 
-    # ---- the run
-
     def train(self) -> RunState:
         """Runs what is left of the phases. Raises ``StoppedBySignal`` once a checkpoint is saved, ``RunError``."""
         state = self.state
@@ -167,6 +165,8 @@ class Loop:
         rack.to(self.device)
         rack.checkpoint_activations(training.activation_checkpointing)
         set_trainable(rack, phase.trains)
+        for module in rack.stacks:
+            module._compiled_call_impl = None  # of an earlier phase or run
         if training.compile:
             # Fresh graphs: a compiled graph does not notice that requires_grad changed.
             torch._dynamo.reset()
@@ -289,8 +289,6 @@ class Loop:
         if not check.done:
             check.after_step()
         return loss_value, norm_value, example.inputs.numel()
-
-    # ---- saving, logging, telling
 
     def _save(self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> None:
         if self.store is None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Within its ``with`` block, signals set ``name`` instead of ending the process. Main thread only; elsewhere inert."""
+    """Within its ``with`` block signals set ``name`` and end nothing. In the main thread only; elsewhere inert."""
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -118,6 +118,8 @@ def _unpack(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def peek_shape(batches: Iterable[Any]) -> tuple[int, int]:
     """(B, T) of the first batch."""
+    if isinstance(batches, Iterator):
+        raise UserError("the data loader can be read only once; give one that can be iterated again, or a list")
     for batch in batches:
         return tuple(_unpack(batch)[0].shape)  # type: ignore[return-value]
     raise UserError("the data loader gives no batch")

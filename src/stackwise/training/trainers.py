@@ -119,7 +119,7 @@ class ArchitectureTrainer(_Trainer):
     """Trains all of a given Rack, end to end."""
 
     def train_architecture(self, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
-        """Trains every parameter of ``rack`` for the budget. Returns {"phases", "steps", "tokens", "flops", "final_loss"}."""
+        """Trains all of ``rack`` for the budget. Returns {"phases", "steps", "tokens", "flops", "final_loss"}."""
         tie = "true" if rack.head is None else "false"
         config = self.config.override(["training.strategy=end_to_end", f"model.tie_embeddings={tie}"])
         return self._train(config, rack, dataloader)
