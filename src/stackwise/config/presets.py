@@ -19,7 +19,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "optimizer": {"lr": 4e-3, "betas": [0.9, 0.98]},
             "schedule": {"kind": "cosine", "min_lr_ratio": 0.05},
             "progressive": {"phase_fractions": [0.25, 0.3, 0.45]},
-            "evaluation": {"max_tokens": 65536},
             "checkpoint": {"every_steps": 200},
         },
         "data": {"tokenizer": {"vocab_size": 1024}},
