@@ -16,7 +16,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Run directory; a stopped demo in it goes on")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """Grow a small model on Python's own library sources: about five minutes on two cores."""
+    """Grow a small model on Python's own library sources: about three minutes on two cores."""
     from rich.console import Console
 
     from stackwise.cli.results import print_json, show_summary
