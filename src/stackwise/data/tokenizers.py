@@ -316,7 +316,9 @@ def _read_library(file: Path, key: str) -> Library:
         raise UserError(f"{key}: not a tokenizer.json: it is not UTF-8 text") from None
     try:
         return Library.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:
+        if type(error) is not Exception:  # what the library raises for a bad file, and nothing else
+            raise
         raise UserError(f"{key}: not a tokenizer.json ({error})") from error
 
 

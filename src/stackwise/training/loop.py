@@ -225,7 +225,8 @@ class Loop:
                     "memory_bytes": self.memory.peak(),
                     "flops": state.flops,
                 }
-                log_tokens, log_flops = state.tokens, state.flops
+                log_tokens, log_flops, log_time = state.tokens, state.flops, now
+            pause = time.perf_counter()  # validating and saving are not training: they do not count in tokens/s
             self.reporter.step(state.phase_step, metrics)
 
             if self.validate is not None and evaluate and metrics is not None:
@@ -245,8 +246,7 @@ class Loop:
                 record.seconds += elapsed
                 state.seconds, started = state.seconds + elapsed, time.perf_counter()
                 self._save(phase, optimizer, parameters)
-            if metrics is not None or save:
-                log_time = time.perf_counter()
+            log_time += time.perf_counter() - pause
             if stop and not (last and state.phase == len(self.phases) - 1):
                 raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; its checkpoint is saved")
         self._moments = moments_of(optimizer, parameters)

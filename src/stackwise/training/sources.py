@@ -23,8 +23,8 @@ class ProgressiveDataLoader:
         tokens: 1-D ids, in memory or memory-mapped.
         config: ``training.batch_size``, ``seq_len`` and ``seed``.
 
-    Iterating gives {"input_ids": (B, T), "labels": (B, T)} for ever, ``labels`` being the next tokens' inputs (equal to
-    ``input_ids``, as Hugging Face models expect them).
+    Iterating gives {"input_ids": (B, T), "labels": (B, T)} for ever, the two being equal: Hugging Face models, and
+    ``IterableSource``, shift the labels themselves.
     """
 
     def __init__(self, tokens: np.ndarray, config: StackWiseConfig) -> None:
