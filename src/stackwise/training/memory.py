@@ -28,6 +28,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(m_mmap_threshold, LARGE_ALLOCATION)
 
 
+def _trim() -> None:
+    """Gives the freed memory that the allocator holds back to the system, where that is glibc's."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
@@ -47,6 +53,8 @@ class PeakMemory:
         self.measurable = device.type == "cuda" or (device.type == "cpu" and _can_reset_peak())
         self._base = 0
         if self.measurable:
+            if device.type == "cpu":
+                _trim()  # else what was freed before would be used again, and not be seen
             self._base = _resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
         self.reset()
 
