@@ -80,7 +80,7 @@ print(between - before, _resident("VmRSS") - before)
 
 def test_where_memory_cannot_be_measured_the_peak_is_none(monkeypatch):
     monkeypatch.setattr(memory, "_can_reset_peak", lambda: False)
-    peak = PeakMemory(CPU)
+    peak = PeakMemory(torch.device("cpu"))
     peak.reset()
     assert peak.peak() is None
     assert PeakMemory(torch.device("meta")).peak() is None
