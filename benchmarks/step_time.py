@@ -68,7 +68,7 @@ class PlainLoop:
 
     def run(self, steps: int) -> None:
         rack, optimizer, training = self.rack, self.optimizer, self.training
-        device, warmup = rack.embedding.weight.device, training.schedule.warmup_steps
+        device, warmup = rack.device, training.schedule.warmup_steps
         for step in range(self.done, self.done + steps):
             fall = max(0.0, (step + 1 - warmup) / (len(self.batches) - warmup))
             low = training.schedule.min_lr_ratio

@@ -86,16 +86,86 @@ OUT_OF_RANGE = [
         "training.device: 'gpu' is not allowed; allowed: auto, cpu, cuda, mps",
     ),
     (
+        "model: {tokenizer_embedding: {family: f, embedding_option: embed}}",
+        "model.tokenizer_embedding.embedding_option: 'embed' is not allowed; allowed: embed_tokens, lm_head or null",
+    ),
+    (
+        "model: {tokenizer_embedding: {family: f, adapter_hidden_dim: 0}}",
+        "model.tokenizer_embedding.adapter_hidden_dim: 0 is out of range; must be at least 1 or null",
+    ),
+    (
         "training: {qlora: {enabled: true}}",
         "training.qlora.enabled: true is not allowed; allowed: false (LoRA adapters; not built yet)",
     ),
-    (
-        "model: {attention_custom: {mla_rkv: 8}}",
-        "model.attention_custom.mla_rkv: 8 is not allowed; "
-        "allowed: null (Rank of latent keys and values; not built yet)",
-    ),
 ]
 IMPOSSIBLE = [
+    (
+        "model: {attention_custom: {mla_rkv: 8}}",
+        "model.attention_custom.mla_rkv: 8 is read by the presets mla_attention, mlgka, custom "
+        "(attention_preset is gpt_style)",
+    ),
+    (
+        "model: {attention_custom: {attention_type: mla}}",
+        "model.attention_custom.attention_type: 'mla' is read when attention_preset is custom (it is gpt_style)",
+    ),
+    (
+        "model: {attention_preset: custom, attention_custom: {mla_rkv: 8}}",
+        "model.attention_custom.mla_rkv: 8 is read when attention_type is mla (it is mha)",
+    ),
+    (
+        "model: {attention_preset: mlgka, attention_custom: {mla_rope_dim: 8}}",
+        "model.attention_custom.mla_rope_dim: 8 is of shared latents",
+    ),
+    (
+        "model: {attention_preset: mla_attention, attention_custom: {mla_rope_dim: 7}}",
+        "model.attention_custom.mla_rope_dim: 7 is odd; rotary positions need pairs",
+    ),
+    (
+        "model: {attention_preset: mla_attention, qk_norm: true}",
+        "model.qk_norm: true goes with full projections; latents have norms of their own",
+    ),
+    (
+        "model: {attention_preset: kernel_attention, attention_custom: {kernel_type: linear}}",
+        "model.attention_custom.kernel_type: 'linear' is no kernel, and kernel_attention is named for one; "
+        "allowed: gaussian, laplacian, uniform",
+    ),
+    (
+        "model: {attention_preset: kernel_attention, attention_custom: {kernel_dim: 33}}",
+        "model.attention_custom.kernel_dim: 33 is odd; features come in pairs",
+    ),
+    (
+        "model: {attention_preset: custom, attention_custom: {kernel_type: uniform, kernel_meaning: weight}}",
+        "model.attention_custom.kernel_meaning: 'weight' is exact for gaussian and the l2 laplacian; "
+        "not for uniform (l2)",
+    ),
+    (
+        "model: {tokenizer_embedding: {adapter_hidden_dim: 8}}",
+        "model.tokenizer_embedding.adapter_hidden_dim: 8 is only read beside family, which is null",
+    ),
+    (
+        "model: {tokenizer_embedding: {embedding_option: lm_head}}",
+        "model.tokenizer_embedding.embedding_option: 'lm_head' is only read beside family, which is null",
+    ),
+    (
+        "model: {tokenizer_embedding: {family: f}}\ndata: {tokenizer: {kind: bytes}}",
+        "data.tokenizer.kind: 'bytes' does not fit the table of model.tokenizer_embedding.family, which comes with its "
+        "own tokenizer; leave data.tokenizer out",
+    ),
+    ("model: {global_every: 3}", "model.global_every: 3 is only read beside window, which is null"),
+    ("model: {norm_bias: true}", "model.norm_bias: true, but RMSNorm has no bias; set norm: layernorm"),
+    (
+        "model: {learned_positions: 64}",
+        "training.seq_len: 256 is longer than the table of learned positions (model.learned_positions: 64)",
+    ),
+    (
+        "model: {architecture: {n_stacks: 3, blocks_per_stack: [2, 1]}}",
+        "model.architecture.blocks_per_stack: has 2 entries for 3 Stacks (n_stacks); give one a Stack",
+    ),
+    (
+        "training: {progressive: {building_mode: interleave}}",
+        "training.progressive.building_mode: 'interleave' goes between the Stacks of a Rack that is there "
+        "(model.initial, or train --from); allowed without one: append, prepend",
+    ),
     ("model: {n_heads: 3}", "model.n_heads: 3 does not divide d_model (128)"),
     (
         "model: {d_model: 15, n_heads: 5}",

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from stackwise.generation.autoregressive import generate
-from stackwise.model.architecture import Rack, create_simple_rack
+from stackwise.generation.autoregressive import generate, pad_prompts
+from stackwise.generation.sampling import row_seeds
+from stackwise.model.architecture import Rack, RackSpec, create_rack_from_specs, create_simple_rack
+from variants import BLOCKS, rack_of
 
 V, C, P, N = 37, 26, 7, 13
 
@@ -62,16 +64,82 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     assert not torch.equal(first, tokens(model, prompt(), seed=6))
 
 
-def test_prompts_of_unequal_length_padded_on_the_left_go_on_as_each_alone():
-    model, lengths = rack(), (7, 2, 5)
-    padded, mask = prompt(seed=3), torch.zeros(3, P, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        mask[row, P - length :] = True
-    together = tokens(model, padded, temperature=0, attention_mask=mask)
-    for row, length in enumerate(lengths):
-        alone = tokens(model, padded[row : row + 1, P - length :], temperature=0)
-        assert torch.equal(together[row], alone[0])
-    assert not torch.equal(together, tokens(model, padded, temperature=0))  # the padding did matter without a mask
+def test_prompts_are_padded_on_the_left():
+    ids, mask = pad_prompts([[5, 6, 7], [8], [9, 0]], pad_id=36)
+    assert ids.tolist() == [[5, 6, 7], [36, 36, 8], [36, 9, 0]]
+    assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]
+    for bad in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one"):
+            pad_prompts(bad, 0)
+
+
+PROMPTS = [prompt(B=1, T=length, seed=length)[0].tolist() for length in (7, 2, 5)]
+
+
+def variant(name, learned=None):
+    return apart(rack_of(name, learned_positions=learned))
+
+
+def apart(made):
+    """The Rack in double precision (features of some kernels magnify rounding errors), with choices that depend on all
+    that it has read."""
+    made = made.double().eval()
+    with torch.no_grad():
+        for i, (key, parameter) in enumerate(made.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).double()
+            if key.startswith(("embedding", "head")):
+                parameter.copy_(noise * (0.3 if key.startswith("embedding") else 1.0))
+            else:
+                parameter.add_(0.2 * noise)
+    return made
+
+
+@pytest.mark.parametrize("learned", [None, 17])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_batch_of_unequal_prompts_goes_on_as_each_alone_read_from_the_start_each_time(name, learned):
+    model, n = variant(name, learned), 11
+    ids, mask = pad_prompts(PROMPTS, pad_id=V - 1)
+    together = tokens(model, ids, n=n, temperature=0, attention_mask=mask)
+    for row, one in enumerate(PROMPTS):
+        assert torch.equal(together[row], greedy_without_cache(model, torch.tensor([one]), n)[0])
+    assert len(together.unique()) > 3
+    assert not torch.equal(together, tokens(model, ids, n=n, temperature=0))  # the padding did matter without a mask
+
+
+def test_stacks_with_and_without_windows_and_latents_keep_their_own_caches():
+    names = ("window", "mla_attention", "gpt_style", "kernel_attention")
+    stacks = [{"stack_id": k, "n_blocks": 1, "block_spec": BLOCKS[name]} for k, name in enumerate(names)]
+    model = apart(create_rack_from_specs(V, 48, stacks))
+    ids, mask = pad_prompts(PROMPTS, pad_id=V - 1)
+    together = tokens(model, ids, temperature=0, attention_mask=mask)
+    for row, one in enumerate(PROMPTS):
+        assert torch.equal(together[row], greedy_without_cache(model, torch.tensor([one]))[0])
+    assert len(together.unique()) > 8
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_a_sequence_draws_depends_on_its_prompt_and_seed_alone(name):
+    model = variant(name)
+    ids, mask = pad_prompts(PROMPTS, pad_id=V - 1)
+    settings = {"temperature": 4.0, "top_p": 0.95, "min_p": 0.02}
+    together = tokens(model, ids, seed=5, attention_mask=mask, **settings)
+    seeds = row_seeds(5, 3)
+    for row, one in enumerate(PROMPTS):
+        assert torch.equal(together[row], tokens(model, torch.tensor([one]), seed=seeds[row], **settings)[0])
+        assert not torch.equal(together[row], tokens(model, torch.tensor([one]), seed=6, **settings)[0])
+    turned = tokens(model, ids.flip(0), seed=seeds[::-1], attention_mask=mask.flip(0), **settings)
+    assert torch.equal(turned, together.flip(0))
+
+
+def test_equal_prompts_in_a_batch_draw_different_tokens():
+    got = tokens(rack(), prompt(B=1).expand(5, -1), temperature=3.0)
+    assert len({tuple(row) for row in got.tolist()}) == 5
+
+
+def test_min_p_restricts_the_draw():
+    model = rack()
+    assert torch.equal(tokens(model, prompt(), min_p=1.0, seed=3), tokens(model, prompt(), temperature=0))
+    assert not torch.equal(tokens(model, prompt(), min_p=0.0, seed=3), tokens(model, prompt(), temperature=0))
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -86,13 +154,59 @@ def test_suppressed_tokens_never_appear(temperature):
     assert set(free.flatten().tolist()) & blocked
 
 
-def test_generation_ends_when_every_sequence_has_met_a_stop_token():
+@pytest.mark.parametrize("pad", [None, V - 1])
+def test_a_sequence_that_met_a_stop_token_repeats_it_or_the_padding_and_changes_no_other(pad):
     free = tokens(rack(), prompt(), temperature=0)
     stops = frozenset({int(free[0, 4]), int(free[1, 2]), int(free[2, 7])})
     met = [min(t for t in range(N) if int(free[b, t]) in stops) for b in range(3)]
-    got = tokens(rack(), prompt(), temperature=0, stop_ids=stops)
-    assert torch.equal(got, free[:, : max(met) + 1])
-    assert got.shape[1] < N
+    assert len(set(met)) == 3 and max(met) < N - 1
+    got = tokens(rack(), prompt(), temperature=0, stop_ids=stops, pad_id=pad)
+    assert got.shape[1] == max(met) + 1
+    for row, end in enumerate(met):
+        assert torch.equal(got[row, : end + 1], free[row, : end + 1])
+        assert set(got[row, end + 1 :].tolist()) <= {int(free[row, end]) if pad is None else pad}
+
+
+def test_stopping_moves_no_other_sequences_random_stream():
+    settings = {"temperature": 3.0, "seed": 2}
+    free = tokens(rack(), prompt(), **settings)
+    stops = frozenset(free[1, : N - 4].tolist()) - frozenset(free[[0, 2]].flatten().tolist())
+    got = tokens(rack(), prompt(), stop_ids=stops, **settings)
+    assert torch.equal(got[[0, 2]], free[[0, 2]]) and not torch.equal(got[1], free[1])
+
+
+def test_learned_positions_are_used_to_the_last_and_more_tokens_refused_before_the_first():
+    model = variant("gpt_style", learned=11)
+    assert tokens(model, prompt(), n=5).shape == (3, 5)  # the last token is not read again: 7 + 4 rows
+    with pytest.raises(
+        ValueError, match=r"^6 tokens after a prompt of 7 are more than the 11 positions.*at most 5 fit"
+    ):
+        generate(model, prompt(), 6)
+    with pytest.raises(ValueError, match=r"^1 tokens after a prompt of 12.*a prompt may have 11 tokens at most"):
+        generate(model, prompt(T=12), 1)
+    assert tokens(variant("gpt_style"), prompt(), n=40).shape == (3, 40)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"seed": [1, 2]}, "2 seeds for 3 sequences"),
+        ({"attention_mask": torch.ones(3, P + 1, dtype=torch.bool)}, "attention_mask is"),
+        ({"attention_mask": torch.arange(P).expand(3, -1) < P - 1}, "padded on the left"),
+        ({"n_tokens": -1}, "n_tokens is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_call(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(rack(), prompt(), **{"n_tokens": N, **settings})
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    model = rack()
+    model.set_attention_mode("bidirectional")
+    with pytest.raises(ValueError, match="causal"):
+        generate(model, prompt(), N)
 
 
 def test_no_more_tokens_than_asked_for():
@@ -104,7 +218,7 @@ class Fixed(Rack):
     """A Rack without Stacks, whose logits after token i are row i of a table made by hand."""
 
     def __init__(self, table):
-        super().__init__(len(table), len(table))
+        super().__init__(RackSpec(len(table), len(table)))
         with torch.no_grad():
             n = len(table)
             self.embedding.weight.copy_(torch.eye(n))

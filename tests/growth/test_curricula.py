@@ -34,7 +34,7 @@ def test_end_to_end_is_one_phase_that_trains_everything():
     everything = ("embedding", "stack.0", "stack.1", "stack.2", "norm", "head")
     (phase,) = build_phases(config("training.strategy=end_to_end"))
     assert table([phase]) == [("end-to-end", (0, 1, 2), everything, 31)]
-    assert phase.growth is None and phase.stack is None
+    assert phase.growth == () and phase.stack is None
 
 
 def test_a_tied_rack_has_no_head_to_train():
@@ -79,9 +79,9 @@ def test_a_trainable_trunk_trains_with_what_is_added(tied):
 def test_a_copied_stack_comes_from_its_neighbour(mode, sources):
     phases = grown(f"training.progressive.building_mode={mode}", "training.progressive.new_stack_init=copy")
     assert [p.growth for p in phases] == [
-        Growth(0, "random", None),
-        Growth(1, "copy", sources[1]),
-        Growth(2, "copy", sources[2]),
+        (Growth(0, "random", None),),
+        (Growth(1, "copy", sources[1]),),
+        (Growth(2, "copy", sources[2]),),
     ]
     assert [p.stack for p in phases] == [0, 1, 2]
 
@@ -93,21 +93,56 @@ def test_beside_a_given_trunk_the_neighbour_depends_on_the_side(mode, source):
         "training.progressive.target_stacks=6",
         present=(4, 2, 0),
     )
-    assert [p.growth for p in phases] == [Growth(5, "copy", source)]
+    assert [p.growth for p in phases] == [(Growth(5, "copy", source),)]
     assert phases[0].stacks == ((4, 2, 0, 5) if mode == "append" else (5, 4, 2, 0))
 
 
 @pytest.mark.parametrize("init", ["random", "identity"])
 def test_the_first_stack_is_random_and_the_others_as_asked(init):
     phases = grown(f"training.progressive.new_stack_init={init}")
-    assert [p.growth for p in phases] == [Growth(0, "random"), Growth(1, init), Growth(2, init)]
+    assert [p.growth for p in phases] == [(Growth(0, "random"),), (Growth(1, init),), (Growth(2, init),)]
+
+
+def expanded(*overrides, present=(0, 1, 2, 3), target=6):
+    return grown(
+        "training.progressive.building_mode=interleave",
+        "model.initial=somewhere",
+        "training.progressive.new_stack_init=identity",
+        f"training.progressive.target_stacks={target}",
+        *overrides,
+        present=present,
+    )
+
+
+@pytest.mark.parametrize(
+    "present, target, order",
+    [
+        ((0, 1, 2, 3), 6, (0, 1, 4, 2, 3, 5)),
+        ((0, 1), 5, (0, 2, 1, 3, 4)),
+        ((0, 1, 2), 6, (0, 3, 1, 4, 2, 5)),
+        ((3, 0, 1, 2), 5, (3, 0, 1, 2, 4)),
+    ],
+)
+def test_interleaved_stacks_join_at_once_and_spread_evenly(present, target, order):
+    (phase,) = expanded(present=present, target=target)
+    assert phase.stacks == order and phase.steps == 31
+    assert phase.growth == tuple(Growth(k, "identity") for k in range(len(present), target))
+
+
+def test_block_expansion_trains_the_joined_stacks_beside_a_frozen_trunk():
+    (phase,) = expanded(FROZEN)
+    assert phase.trains == ("stack.4", "stack.5", "norm", "head")
+    (phase,) = expanded(FROZEN, "model.tie_embeddings=true")
+    assert phase.trains == ("stack.4", "stack.5", "norm")
+    (phase,) = expanded("training.progressive.new_stack_init=copy")
+    assert phase.growth == (Growth(4, "copy", 1), Growth(5, "copy", 3))
 
 
 def test_a_joint_phase_takes_its_share_and_trains_everything():
     phases = grown(FROZEN, "training.progressive.joint_fraction=0.4", "training.max_steps=50")
     assert [p.steps for p in phases] == [10, 10, 10, 20]
     joint = phases[-1]
-    assert joint.name == "joint" and joint.growth is None and joint.stack is None
+    assert joint.name == "joint" and joint.growth == () and joint.stack is None
     assert joint.trains == ("embedding", "stack.0", "stack.1", "stack.2", "norm", "head")
 
 

@@ -112,7 +112,7 @@ def test_a_random_stack_does_not_depend_on_when_it_is_made():
     late = builder(n_stacks=2).append_stack("random")
     torch.randn(17)  # the global generator must not matter
     early = create_rack_from_config(config(), n_stacks=0)
-    grow_rack(early, Growth(2, "random"), [2], config())
+    grow_rack(early, [Growth(2, "random")], [2], config())
     assert same(weights(late), weights(early.stacks[0]))
     whole = create_rack_from_config(config())
     assert same(weights(late), weights(whole.stacks[2]))
@@ -130,7 +130,7 @@ def test_random_stacks_differ_from_each_other_and_between_seeds():
 def test_a_stack_joins_the_rack_where_the_order_says():
     rack = create_rack_from_config(config())
     middle = rack.stacks[1]
-    grow_rack(rack, Growth(7, "random"), [0, 1, 7, 2], config())
+    grow_rack(rack, [Growth(7, "random")], [0, 1, 7, 2], config())
     assert order(rack) == [0, 1, 7, 2]
     assert rack.stacks[1] is middle
     assert list(rack.parts()) == ["embedding", "stack.0", "stack.1", "stack.7", "stack.2", "norm", "head"]

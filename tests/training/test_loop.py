@@ -87,7 +87,7 @@ def a_loop(settings, *, rack=None, source=None, present=()):
     phases = build_phases(settings, step_flops=lambda phase: 1.0, present=present)
     if rack is None:
         rack = create_rack_from_config(settings, n_stacks=0)
-        if phases[0].growth is None:
+        if not phases[0].growth:
             rack.stacks.extend(create_stack_from_config(k, settings) for k in phases[0].stacks)
     objective = CausalObjective()
     recorder = Recorder()

@@ -25,7 +25,7 @@ def rack():
     return create_simple_rack(2, 1, 26, 19, 13, 37)
 
 
-def phase(names_of_state, growth=None):
+def phase(names_of_state, growth=()):
     return Phase("p", (0, 1), (), 1, Schedule(0, "linear", 0, 0, 1.0), growth, names_of_state)
 
 
@@ -105,7 +105,7 @@ def test_an_optimizer_with_the_moments_of_another_takes_the_same_steps():
 
 def test_keep_takes_what_goes_on_training_and_drops_what_is_frozen():
     moments = {"stack.0/w": state(1), "stack.1/w": state(2), "norm/weight": state(3)}
-    kept = moments_for_phase(phase("keep", Growth(2, "copy", 1)), moments, ["stack.1/w", "stack.2/w", "norm/weight"])
+    kept = moments_for_phase(phase("keep", (Growth(2, "copy", 1),)), moments, ["stack.1/w", "stack.2/w", "norm/weight"])
     assert kept.keys() == {"stack.1/w", "norm/weight"}
     assert all(kept[name][key] is moments[name][key] for name in kept for key in kept[name])
 
@@ -118,7 +118,7 @@ def test_reset_drops_everything():
 def test_copy_gives_a_copied_stack_its_sources_moments_in_storage_of_their_own(source_trains):
     moments = {"stack.0/w": state(1), "stack.1/w": state(2), "norm/weight": state(3)}
     names = ["stack.2/w", "norm/weight", *(["stack.1/w"] if source_trains else [])]
-    kept = moments_for_phase(phase("copy", Growth(2, "copy", 1)), moments, names)
+    kept = moments_for_phase(phase("copy", (Growth(2, "copy", 1),)), moments, names)
     assert kept.keys() == set(names)
     for key, value in moments["stack.1/w"].items():
         assert torch.equal(kept["stack.2/w"][key], value)

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stackwise.cli.train import ConfigFile, Json, Overrides
-from stackwise.config.base import StackWiseConfig
+from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
 from stackwise.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -29,15 +28,17 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", help="Memory to fit into, for example 24GB (default: this machine's)")
     ] = None,
+    start: From = None,
     as_json: Json = False,
 ) -> None:
     """Show each phase of a run, and what it will take, before anything runs."""
-    settings = StackWiseConfig.from_yaml(config, overrides or ())
+    settings = read_config(config, overrides, start)
     limit = parse_bytes(memory) if memory is not None else None
     from stackwise.cli.results import print_json, size, table
     from stackwise.planning.plan import available_memory, plan_run
+    from stackwise.training.initial import initial_stacks
 
-    report = plan_run(settings, Path.cwd(), limit)
+    report = plan_run(settings, Path.cwd(), limit, initial_stacks(settings))
     if as_json:
         print_json(report.to_dict())
         return

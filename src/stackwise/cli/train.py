@@ -12,16 +12,30 @@ from stackwise.config.base import StackWiseConfig
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config (stackwise init writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="RUN", help="Start from this run's model and tokenizer, where CONFIG says no other"),
+]
+
+
+def read_config(path: Path, overrides: list[str] | None, start: Path | None) -> StackWiseConfig:
+    """CONFIG with its overrides, and what it takes from the run it starts from."""
+    if start is None:
+        return StackWiseConfig.from_yaml(path, overrides or ())
+    from stackwise.training.initial import config_from_run
+
+    return config_from_run(path, start, overrides or ())
 
 
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")] = Path("runs/train"),
+    start: From = None,
     as_json: Json = False,
 ) -> None:
     """Train a model as CONFIG says, into a new run directory."""
-    settings = StackWiseConfig.from_yaml(config, overrides or ())
+    settings = read_config(config, overrides, start)
     from stackwise.cli.results import show_summary
     from stackwise.training.progress import console_reporter
     from stackwise.training.run import train_run

@@ -31,38 +31,30 @@ class StackWiseConfig(StackWiseConfigFields):
     """
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any] | None) -> Self:
-        """Builds from nested dicts; keys left out take their defaults. Old keys load with a warning."""
+    def from_dict(cls, data: dict[str, Any] | None, overrides: Iterable[str] = (), source: str = "") -> Self:
+        """Builds from nested dicts; keys left out take their defaults. Old keys load with a warning.
+
+        Args:
+            overrides: ``key.path=value`` settings, applied first.
+            source: the file that ``data`` comes from, for messages.
+        """
         if data is None:
             data = {}
         if not isinstance(data, dict):
             raise ConfigError(f"{_NOT_A_MAPPING}, not {type(data).__name__}")
+        data = apply_overrides(data, overrides)
+        where = f"{source}: " if source else ""
         try:
             return cls.model_validate(load_legacy(data))
         except ValidationError as error:
-            raise ConfigError(explain(error, cls)) from None
+            raise ConfigError(f"{where}{explain(error, cls)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file and applies ``key.path=value`` overrides."""
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such config file") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: not a config: the file is not UTF-8 text") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read as a config: {error.strerror or error}") from None
-        data = yaml_io.parse(text, str(path))
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: {_NOT_A_MAPPING}, not {type(data).__name__}")
-        data = apply_overrides(data, overrides)
-        try:
-            return cls.from_dict(data)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        return cls.from_dict(read_yaml(path), overrides, str(path))
 
     def override(self, overrides: Iterable[str]) -> Self:
         """A copy with ``key.path=value`` settings changed; values are YAML."""
@@ -87,6 +79,25 @@ class StackWiseConfig(StackWiseConfigFields):
         """A short hash of all settings."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file. Raises ``ConfigError`` in one line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a config: the file is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {error.strerror or error}") from None
+    data = yaml_io.parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: {_NOT_A_MAPPING}, not {type(data).__name__}")
+    return data
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

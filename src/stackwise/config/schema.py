@@ -42,64 +42,176 @@ def conflict(key: str, message: str) -> PydanticCustomError:
 
 class ArchitectureConfig(Section):
     n_stacks: PositiveInt = Field(4, description="Stacks of the whole Rack")
-    blocks_per_stack: PositiveInt = Field(2, description="Blocks (transformer layers) in each Stack")
+    blocks_per_stack: Annotated[PositiveInt | tuple[PositiveInt, ...], BeforeValidator(_tuple)] = Field(
+        2, description="Blocks (transformer layers) in each Stack, or a list: one number for each Stack's id"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.blocks_per_stack, tuple) and len(self.blocks_per_stack) < self.n_stacks:
+            raise conflict(
+                "blocks_per_stack",
+                f"has {len(self.blocks_per_stack)} entries for {self.n_stacks} Stacks (n_stacks); give one a Stack",
+            )
+        return self
+
+    def blocks_of(self, stack_id: int) -> int:
+        """Blocks of the Stack ``stack_id``."""
+        if isinstance(self.blocks_per_stack, int):
+            return self.blocks_per_stack
+        if stack_id >= len(self.blocks_per_stack):
+            raise ValueError(
+                f"model.architecture.blocks_per_stack has no entry for Stack {stack_id}: {self.blocks_per_stack}"
+            )
+        return self.blocks_per_stack[stack_id]
+
+    def blocks_before(self, stack_id: int) -> int:
+        """Blocks of all Stacks with a smaller id."""
+        return sum(self.blocks_of(k) for k in range(stack_id))
 
 
 class AttentionCustomConfig(Section):
-    """Read only when ``model.attention_preset`` is ``custom``."""
+    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
 
-    attention_type: Literal["mha"] = Field("mha", description="Projections: mha (grouped when n_kv_heads < n_heads)")
-    attention_mode: Literal["causal", "bidirectional"] | None = Field(
-        None, description="null: causal for clm, bidirectional for mlm"
+    attention_type: Literal["mha", "mla"] = Field(
+        "mha", description="custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
     )
-    mla_rq: None = Field(None, description="Rank of latent queries; latent attention is not built yet")
-    mla_rkv: None = Field(None, description="Rank of latent keys and values; not built yet")
-    kernel_type: None = Field(None, description="Feature map of queries and keys; not built yet")
-    kernel_dim: None = Field(None, description="Number of random features; not built yet")
+    attention_mode: Literal["causal", "bidirectional"] | None = Field(
+        None, description="custom: null: causal for clm, bidirectional for mlm"
+    )
+    mla_rq: PositiveInt | None = Field(
+        None, description="Rank of latent queries; null: d_model / 4 (custom and shared latents: queries are full)"
+    )
+    mla_rkv: PositiveInt | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
+    mla_latents: Literal["shared", "separate"] | None = Field(
+        None,
+        description="shared: one latent for keys and values and a rotary key beside it (DeepSeek-V3); "
+        "separate: a factor for each of q, k, v; null: shared, for mlgka separate",
+    )
+    mla_rope_dim: PositiveInt | None = Field(
+        None, description="Rotary dimensions beside each head of shared latents; null: half the head size"
+    )
+    mla_v_head_dim: PositiveInt | None = Field(
+        None, description="Size of a value head of shared latents; null: the head size"
+    )
+    kernel_type: Literal["linear", "gaussian", "laplacian", "uniform"] | None = Field(
+        None, description="Kernel of queries and keys; null: kernel_attention gaussian, mlgka laplacian, custom linear"
+    )
+    kernel_dim: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Random features of kernels as logits, an even number; null: 64"
+    )
+    kernel_meaning: Literal["logit", "weight"] = Field(
+        "logit", description="logit: softmax over the kernel; weight: the kernel itself, normalised (exact)"
+    )
+    kernel_norm: Literal["l2", "l1"] = Field(
+        "l2", description="Distance of the laplacian; l1 is not a function of relative positions after rotary ones"
+    )
+    kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Bandwidth s of the kernel; null: from the head size"
+    )
+    learned_temperature: bool = Field(False, description="Kernels as logits: each head's temperature trains")
 
 
 class TokenizerEmbeddingConfig(Section):
-    family: None = Field(None, description="Pretrained embedding to start from; not built yet")
-    embedding_option: None = Field(None, description="Which matrix of it; not built yet")
+    family: str | None = Field(
+        None,
+        description="A Hugging Face model, a folder or a name on the hub, whose token table and tokenizer are taken; "
+        "null: none",
+    )
+    embedding_option: Literal["embed_tokens", "lm_head"] | None = Field(
+        None, description="The matrix of family to take: its input's or its head's; null: embed_tokens"
+    )
     freeze_embeddings: bool = Field(False, description="Keep the token embedding at its initial values")
-    adapter_hidden_dim: None = Field(None, description="Width of the adapter to d_model; not built yet")
+    adapter_hidden_dim: PositiveInt | None = Field(
+        None,
+        description="Hidden width of the adapter from family's table to d_model; null: d_model, and no adapter where "
+        "the table has that width",
+    )
+    embedding_dim: PositiveInt | None = Field(None, description="Width of family's table; null: read there")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.family is None:
+            for key in ("embedding_option", "adapter_hidden_dim", "embedding_dim"):
+                if getattr(self, key) is not None:
+                    raise conflict(key, f"{getattr(self, key)!r} is only read beside family, which is null")
+        return self
+
+
+DEFAULT_KERNEL_DIM = 64
+"""Random features where ``kernel_dim`` is null."""
+
+_WITH_LATENTS = ("mla_attention", "mlgka", "custom")
+_WITH_KERNELS = ("kernel_attention", "mlgka", "custom")
 
 
 class ModelConfig(Section):
+    initial: str | None = Field(
+        None, description="A run whose Rack is there before the first phase (train --from sets it); null: none"
+    )
     vocab_size: PositiveInt | None = Field(None, description="null: the tokenizer's")
     d_model: PositiveInt = Field(128, description="Width of the hidden state")
-    n_heads: PositiveInt = Field(4, description="Query heads; must divide d_model into even head sizes")
+    n_heads: PositiveInt = Field(4, description="Query heads; must divide d_model, unless head_dim is set")
     n_kv_heads: PositiveInt | None = Field(
-        None, description="Key and value heads; null: n_heads (efficient_gqa: n_heads / 4, at least 1)"
+        None, description="Key and value heads; null: n_heads (efficient_gqa and mlgka: n_heads / 4, at least 1)"
     )
+    head_dim: PositiveInt | None = Field(None, description="Size of a head; null: d_model / n_heads")
     d_ff: PositiveInt | None = Field(
-        None, description="Width of the feed-forward; null: 8/3 d_model, rounded up to a multiple of 32"
+        None, description="Width of the feed-forward; null: 8/3 d_model (gelu: 4 d_model), rounded up to 32"
     )
     architecture: ArchitectureConfig = ArchitectureConfig()
-    attention_preset: Literal["gpt_style", "bert_style", "efficient_gqa", "custom"] = Field(
+    attention_preset: Literal[
+        "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
+    ] = Field(
         "gpt_style",
-        description="gpt_style: causal; bert_style: bidirectional; efficient_gqa: shared key/value heads, "
-        "direction as the objective needs; custom: see attention_custom",
+        description="gpt_style: causal; bert_style: bidirectional; the others in the direction that the objective "
+        "needs: efficient_gqa: shared key/value heads; mla_attention: latent (DeepSeek-V3); kernel_attention: a kernel "
+        "as logit; mlgka: latent, grouped and kernel; custom: see attention_custom",
     )
     attention_custom: AttentionCustomConfig = AttentionCustomConfig()
+    qk_norm: bool = Field(False, description="RMSNorm over each head's queries and keys (Qwen3)")
+    window: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Local attention: tokens in a window (bidirectional: half to each side); null: all tokens"
+    )
+    global_every: PositiveInt | None = Field(
+        None, description="With window: every so many Blocks, from the first on, see all tokens; null: none does"
+    )
+    local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="Base of the rotary frequencies of local Blocks; null: rope_theta"
+    )
+    use_rope: bool = Field(True, description="Rotary positions on queries and keys")
+    rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
+    learned_positions: PositiveInt | None = Field(
+        None, description="Rows of a learned table of positions, the longest sequence; null: no table"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="rmsnorm or layernorm, everywhere")
+    norm_eps: Annotated[float, Field(gt=0.0)] = Field(1e-5, description="Epsilon of the norms")
+    norm_bias: bool | None = Field(None, description="LayerNorms have biases; null: as bias says")
+    embedding_norm: bool = Field(False, description="A norm after the embedding (BERT)")
+    first_attention_norm: bool = Field(
+        True, description="false: attention of the very first Block reads its input without a norm (ModernBERT)"
+    )
+    ffn: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = Field(
+        "swiglu", description="swiglu, geglu: gated; gelu: two matrices; gelu_tanh: with GPT-2's approximation"
+    )
+    bias: bool = Field(False, description="Linear layers have biases")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="After the embedding, in attention and after each residual branch"
     )
     tie_embeddings: bool = Field(False, description="Head shares the embedding's matrix (not with a frozen trunk)")
+    mlm_head: bool = Field(False, description="Dense, GELU and norm before the head, and a bias on its logits (BERT)")
     freeze_up_proj: bool = Field(False, description="Keep the feed-forward's up-projections at their initial values")
-    use_rope: bool = Field(True, description="Rotary positions on queries and keys; false: no positions")
-    rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
-    norm_eps: Annotated[float, Field(gt=0.0)] = Field(1e-5, description="Epsilon of RMSNorm")
     tokenizer_embedding: TokenizerEmbeddingConfig = TokenizerEmbeddingConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.d_model % self.n_heads:
+        custom = self.attention_custom
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise conflict("n_heads", f"{self.n_heads} does not divide d_model ({self.d_model})")
-        if self.use_rope and (self.d_model // self.n_heads) % 2:
+        if self.use_rope and self.head_size % 2 and not self._has_shared_latent:
             raise conflict(
-                "n_heads",
-                f"{self.n_heads} gives heads of odd size {self.d_model // self.n_heads}; "
+                "n_heads" if self.head_dim is None else "head_dim",
+                f"{self.n_heads if self.head_dim is None else self.head_dim} gives heads of odd size {self.head_size}; "
                 "rotary positions (use_rope) need an even one",
             )
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
@@ -110,20 +222,159 @@ class ModelConfig(Section):
                 f"{self.kv_heads} equals n_heads; efficient_gqa needs fewer key/value heads "
                 "(use gpt_style or bert_style for full attention)",
             )
+        preset = self.attention_preset
+        self._read_by(_WITH_LATENTS, "mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim")
+        self._read_by(
+            _WITH_KERNELS, "kernel_type", "kernel_dim", "kernel_meaning", "kernel_norm", "kernel_bandwidth",
+            "learned_temperature",
+        )  # fmt: skip
+        self._read_by(("custom",), "attention_type", "attention_mode")
+        if preset == "custom" and custom.attention_type == "mha":
+            for key in ("mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim"):
+                if getattr(custom, key) is not None:
+                    raise conflict(
+                        f"attention_custom.{key}",
+                        f"{getattr(custom, key)!r} is read when attention_type is mla (it is mha)",
+                    )
+        if self.latents != "shared":
+            for key in ("mla_rope_dim", "mla_v_head_dim"):
+                if getattr(custom, key) is not None:
+                    raise conflict(f"attention_custom.{key}", f"{getattr(custom, key)} is of shared latents")
+        if self._has_shared_latent and self.use_rope and self.shared_rope_dim % 2:
+            raise conflict(
+                "attention_custom.mla_rope_dim", f"{self.shared_rope_dim} is odd; rotary positions need pairs"
+            )
+        if self._has_shared_latent and self.use_rope and self.shared_rope_dim < 2:
+            raise conflict(
+                "attention_custom.mla_rope_dim",
+                f"null gives {self.shared_rope_dim} for heads of size {self.head_size}; set it",
+            )
+        if self._has_shared_latent and not self.use_rope and custom.mla_rope_dim is not None:
+            raise conflict("attention_custom.mla_rope_dim", f"{custom.mla_rope_dim} is not read when use_rope is false")
+        if self.qk_norm and self.latents is not None:
+            raise conflict("qk_norm", "true goes with full projections; latents have norms of their own")
+        self._check_kernel()
+        if self.window is None and (self.global_every is not None or self.local_rope_theta is not None):
+            key = "global_every" if self.global_every is not None else "local_rope_theta"
+            raise conflict(key, f"{getattr(self, key):g} is only read beside window, which is null")
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise conflict("norm_bias", "true, but RMSNorm has no bias; set norm: layernorm")
         return self
+
+    def _read_by(self, presets: tuple[str, ...], *keys: str) -> None:
+        """Refuses details that the attention preset would not read."""
+        if self.attention_preset in presets:
+            return
+        for key in keys:
+            value = getattr(self.attention_custom, key)
+            if value != type(self.attention_custom).model_fields[key].default:
+                wanted = f"when attention_preset is {presets[0]} (it is {self.attention_preset})"
+                if len(presets) > 1:
+                    wanted = f"by the presets {', '.join(presets)} (attention_preset is {self.attention_preset})"
+                raise conflict(f"attention_custom.{key}", f"{value!r} is read {wanted}")
+
+    def _check_kernel(self) -> None:
+        custom, kernel = self.attention_custom, self.kernel_type
+        if kernel == "linear":
+            for key in ("kernel_dim", "kernel_bandwidth"):
+                if getattr(custom, key) is not None:
+                    raise conflict(
+                        f"attention_custom.{key}", f"{getattr(custom, key)} is of kernels; kernel_type is linear"
+                    )
+            if self.attention_preset in ("kernel_attention", "mlgka"):
+                raise conflict(
+                    "attention_custom.kernel_type",
+                    f"'linear' is no kernel, and {self.attention_preset} is named for one; "
+                    "allowed: gaussian, laplacian, uniform",
+                )
+        if custom.learned_temperature and (kernel == "linear" or custom.kernel_meaning == "weight"):
+            raise conflict("attention_custom.learned_temperature", "true goes with kernels as logits")
+        if custom.kernel_dim is not None and custom.kernel_dim % 2:
+            raise conflict("attention_custom.kernel_dim", f"{custom.kernel_dim} is odd; features come in pairs")
+        if custom.kernel_meaning == "weight":
+            if kernel not in ("gaussian", "laplacian") or custom.kernel_norm == "l1":
+                raise conflict(
+                    "attention_custom.kernel_meaning",
+                    f"'weight' is exact for gaussian and the l2 laplacian; not for {kernel} ({custom.kernel_norm})",
+                )
+            if custom.kernel_dim is not None:
+                raise conflict(
+                    "attention_custom.kernel_dim", f"{custom.kernel_dim}, but kernels as weights use no features"
+                )
+            if kernel == "laplacian" and self.dropout:
+                raise conflict("dropout", f"{self.dropout} cannot drop weights of the laplacian; set it to 0")
 
     @property
     def kv_heads(self) -> int:
         if self.n_kv_heads is not None:
             return self.n_kv_heads
-        if self.attention_preset == "efficient_gqa":
+        if self.attention_preset in ("efficient_gqa", "mlgka"):
             wanted = max(1, self.n_heads // 4)
             return max(n for n in range(1, wanted + 1) if self.n_heads % n == 0)
         return self.n_heads
 
     @property
+    def head_size(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
     def ff_width(self) -> int:
-        return self.d_ff if self.d_ff is not None else -(-8 * self.d_model // 96) * 32
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // 96) * 32 if self.ffn in ("swiglu", "geglu") else -(-self.d_model // 8) * 32
+
+    @property
+    def latents(self) -> Literal["shared", "separate"] | None:
+        """How keys and values are latent, or ``None`` where they are not."""
+        custom = self.attention_custom
+        match self.attention_preset:
+            case "mla_attention":
+                return custom.mla_latents or "shared"
+            case "mlgka":
+                return custom.mla_latents or "separate"
+            case "custom" if custom.attention_type == "mla":
+                return custom.mla_latents or "shared"
+        return None
+
+    @property
+    def _has_shared_latent(self) -> bool:
+        return self.latents == "shared"
+
+    @property
+    def shared_rope_dim(self) -> int:
+        """Rotary dimensions beside each head, with shared latents."""
+        wanted = self.attention_custom.mla_rope_dim
+        return wanted if wanted is not None else self.head_size // 4 * 2
+
+    @property
+    def latent_ranks(self) -> tuple[int | None, int | None]:
+        """Ranks of queries, and of keys and values; ``None`` where they are full."""
+        if self.latents is None:
+            return None, None
+        custom, quarter = self.attention_custom, max(1, self.d_model // 4)
+        full_queries = self.attention_preset == "custom" and self.latents == "shared"
+        r_q = custom.mla_rq if custom.mla_rq is not None else (None if full_queries else quarter)
+        return r_q, custom.mla_rkv if custom.mla_rkv is not None else quarter
+
+    @property
+    def kernel_type(self) -> Literal["linear", "gaussian", "laplacian", "uniform"]:
+        match self.attention_preset:
+            case "kernel_attention":
+                return self.attention_custom.kernel_type or "gaussian"
+            case "mlgka":
+                return self.attention_custom.kernel_type or "laplacian"
+            case "custom":
+                return self.attention_custom.kernel_type or "linear"
+        return "linear"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head has parameters of its own."""
+        return self.mlm_head or not self.tie_embeddings
+
+    @property
+    def norm_has_bias(self) -> bool:
+        return self.norm == "layernorm" and (self.bias if self.norm_bias is None else self.norm_bias)
 
 
 class OptimizerConfig(Section):
@@ -154,8 +405,10 @@ class ScheduleConfig(Section):
 
 class ProgressiveConfig(Section):
     target_stacks: PositiveInt | None = Field(None, description="Stacks to grow to; null: model.architecture.n_stacks")
-    building_mode: Literal["append", "prepend"] = Field(
-        "append", description="New Stacks go to the right (append) or to the left (prepend) of the trunk"
+    building_mode: Literal["append", "prepend", "interleave"] = Field(
+        "append",
+        description="New Stacks go to the right (append) or to the left (prepend) of the trunk, or (interleave) all at "
+        "once between the Stacks of model.initial",
     )
     trunk_strategy: Literal["frozen", "trainable"] = Field(
         "trainable", description="What happens to the Stacks already trained when a new one is added"
@@ -313,7 +566,9 @@ class TokenizerConfig(Section):
         "bpe", description="bytes; characters; bpe (trained on the corpus); pretrained (from path)"
     )
     vocab_size: Annotated[int, Field(ge=260)] = Field(4096, description="bpe: size of the trained vocabulary")
-    path: str | None = Field(None, description="pretrained: a tokenizer.json or a Hugging Face folder")
+    path: str | None = Field(
+        None, description="pretrained: a tokenizer.json, a Hugging Face folder, or the tokenizer folder of a run"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -382,12 +637,39 @@ class StackWiseConfigFields(Section):
                 f"{self.model.attention_preset!r} is causal and mlm reads both sides; set bert_style, "
                 "or training.progressive.training_objective: clm",
             )
+        tokenizer, family = self.data.tokenizer, self.model.tokenizer_embedding.family
+        if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
+            raise conflict(
+                "data.tokenizer.kind",
+                f"{tokenizer.kind!r} does not fit the table of model.tokenizer_embedding.family, which comes with its "
+                "own tokenizer; leave data.tokenizer out",
+            )
+        positions = self.model.learned_positions
+        if positions is not None and training.seq_len > positions:
+            raise conflict(
+                "training.seq_len",
+                f"{training.seq_len} is longer than the table of learned positions "
+                f"(model.learned_positions: {positions})",
+            )
+        blocks = self.model.architecture.blocks_per_stack
+        if isinstance(blocks, tuple) and len(blocks) < self.target_stacks:
+            raise conflict(
+                "model.architecture.blocks_per_stack",
+                f"has {len(blocks)} entries for {self.target_stacks} Stacks; give one a Stack",
+            )
         grows = training.strategy == "progressive" and self.target_stacks > 1
-        if grows and progressive.trunk_strategy == "frozen" and self.model.tie_embeddings:
+        first = self.model.initial is None
+        if grows and first and progressive.trunk_strategy == "frozen" and self.model.tie_embeddings:
             raise conflict(
                 "model.tie_embeddings",
                 "true cannot go with training.progressive.trunk_strategy: frozen, since training the head "
                 "would change what the frozen trunk reads; set it to false, or the trunk to trainable",
+            )
+        if progressive.building_mode == "interleave" and self.model.initial is None:
+            raise conflict(
+                "training.progressive.building_mode",
+                "'interleave' goes between the Stacks of a Rack that is there (model.initial, or train --from); "
+                "allowed without one: append, prepend",
             )
         if progressive.optimizer_state == "copy" and progressive.new_stack_init != "copy":
             raise conflict(
@@ -429,5 +711,63 @@ class StackWiseConfigFields(Section):
                 return "bidirectional"
             case "custom":
                 return self.model.attention_custom.attention_mode or needed
-            case "efficient_gqa":
-                return needed
+        return needed
+
+    def block_fields(self, stack_id: int = 0, index: int = 0) -> dict[str, Any]:
+        """The Block ``index`` of the Stack ``stack_id``, as the fields of a ``BlockSpec``."""
+        model, custom = self.model, self.model.attention_custom
+        r_q, r_kv = model.latent_ranks
+        number = model.architecture.blocks_before(stack_id) + index if stack_id or index else 0
+        is_global = model.window is None or (model.global_every is not None and number % model.global_every == 0)
+        kernel = model.kernel_type
+        return {
+            "d_model": model.d_model,
+            "d_ff": model.ff_width,
+            "n_heads": model.n_heads,
+            "n_kv_heads": model.kv_heads,
+            "attention_mode": self.attention_mode,
+            "dropout": model.dropout,
+            "freeze_up_proj": model.freeze_up_proj,
+            "use_rope": model.use_rope,
+            "rope_theta": model.rope_theta if is_global else model.local_rope_theta or model.rope_theta,
+            "norm_eps": model.norm_eps,
+            "head_dim": model.head_dim,
+            "norm": model.norm,
+            "norm_bias": model.norm_has_bias,
+            "attention_norm": number > 0 or model.first_attention_norm,
+            "ffn": model.ffn,
+            "bias": model.bias,
+            "qk_norm": model.qk_norm,
+            "window": None if is_global else model.window,
+            "r_q": r_q,
+            "r_kv": r_kv,
+            "latents": model.latents or "shared",
+            "rope_dim": custom.mla_rope_dim,
+            "v_head_dim": custom.mla_v_head_dim,
+            "kernel_type": kernel,
+            "kernel_dim": custom.kernel_dim or DEFAULT_KERNEL_DIM,
+            "kernel_meaning": custom.kernel_meaning,
+            "kernel_norm": custom.kernel_norm,
+            "kernel_bandwidth": custom.kernel_bandwidth,
+            "learned_temperature": custom.learned_temperature,
+        }
+
+    def rack_fields(self, vocab_size: int) -> dict[str, Any]:
+        """What is not in the Stacks, as the fields of a ``RackSpec``."""
+        model = self.model
+        return {
+            "vocab_size": vocab_size,
+            "d_model": model.d_model,
+            "tie_embeddings": model.tie_embeddings,
+            "dropout": model.dropout,
+            "norm": model.norm,
+            "norm_eps": model.norm_eps,
+            "norm_bias": model.norm_has_bias,
+            "bias": model.bias,
+            "freeze_embeddings": model.tokenizer_embedding.freeze_embeddings,
+            "learned_positions": model.learned_positions,
+            "embedding_norm": model.embedding_norm,
+            "mlm_head": model.mlm_head,
+            "embedding_dim": model.tokenizer_embedding.embedding_dim,
+            "adapter_hidden_dim": model.tokenizer_embedding.adapter_hidden_dim,
+        }

@@ -234,8 +234,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> LibraryTokenizer:
     return LibraryTokenizer(library, "bpe", end=end, pad=pad, mask=mask)
 
 
-def open_pretrained(path: str | Path) -> LibraryTokenizer:
-    """The tokenizer in a ``tokenizer.json`` file, or in a Hugging Face folder that holds one.
+def open_pretrained(path: str | Path) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json`` file, in a Hugging Face folder that holds one, or in that of a run.
 
     The end, pad and mask tokens are those that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it name
     (where there is no end token, the separator), else tokens of the usual names.
@@ -245,6 +245,8 @@ def open_pretrained(path: str | Path) -> LibraryTokenizer:
     """
     path = Path(path).expanduser()
     key = f"data.tokenizer.path: {str(path)!r}"
+    if (path / _DESCRIPTION).is_file():
+        return load_tokenizer(path)
     file = path / _LIBRARY_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(

@@ -13,7 +13,8 @@ from stackwise.objectives import create_objective
 from stackwise.objectives.scoring import bits_per_byte, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.training.progress import Reporter
-from stackwise.training.run import load
+from stackwise.training.run import load, own_data
+from stackwise.training.rundir import RunDir
 
 
 def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None, reporter: Reporter) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
         tokens, n_bytes = encode_files([str(p) for p in data], tokenizer, config.data.text_field)
         bytes_per_token = n_bytes / len(tokens)
     else:
-        prepared = prepare(config.data, progress=reporter.work)
+        prepared = prepare(own_data(RunDir.open(path), config), progress=reporter.work)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: the text behind data.path has changed since the run; give the text with --data")
         tokens, bytes_per_token = prepared.validation, prepared.bytes_per_token

@@ -1,63 +1,119 @@
-"""Left-to-right generation with a key/value cache."""
+"""Left-to-right generation with a key/value cache.
+
+B sequences, T tokens of the longest prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from stackwise.generation.sampling import keep_top_k, keep_top_p, sample, suppress
+from stackwise.generation.sampling import Draw, UniformStreams, check_draw, next_token, row_seeds
 from stackwise.model.architecture import Rack
+from stackwise.model.cache import KVCache
 
 
-@torch.no_grad()
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths ≥ 1, padded on the left with ``pad_id``: ids (B, T), int64, and boolean mask (B, T)."""
+    if not prompts or not all(prompts):
+        raise ValueError("there must be at least one prompt, and at least one token in each")
+    T = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return ids, torch.arange(T) >= T - lengths[:, None]
+
+
 def generate(
     rack: Rack,
     prompt: Tensor,
     n_tokens: int,
     *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: frozenset[int] = frozenset(),
-    suppressed_ids: frozenset[int] = frozenset(),
+    seed: int | Sequence[int] = 0,
+    stop_ids: Set[int] = frozenset(),
+    pad_id: int | None = None,
+    suppressed_ids: Set[int] = frozenset(),
     attention_mask: Tensor | None = None,
+    **draw: Unpack[Draw],
 ) -> Iterator[Tensor]:
     """Yields the next token of each sequence, (B,), up to ``n_tokens`` times.
 
+    What a sequence gets depends on its prompt and its seed alone, not on its neighbours: batched and alone it reads the
+    same values, up to the rounding of sums that are taken in another order.
+
     Args:
         rack: causal, in evaluation mode.
-        prompt: (B, T) ids, T ≥ 1; shorter prompts are padded on the left and masked.
-        temperature: 0 takes the most likely token.
-        top_k, top_p: restrict the draw; default the whole vocabulary.
-        stop_ids: generation ends when every sequence has produced one of these.
+        prompt: (B, T) ids, T ≥ 1; shorter prompts are padded on the left and masked (``pad_prompts``).
+        seed: row r draws from the stream of ``row_seeds(seed, B)[r]``; or one seed for each row.
+        stop_ids: a sequence ends with the first of these that it produces; generation ends when all have.
+        pad_id: what an ended sequence yields while others go on; default the token that ended it.
         suppressed_ids: never produced.
         attention_mask: boolean (B, T), True where a prompt token is real.
+        draw: ``temperature``, ``top_k``, ``top_p``, ``min_p``; see ``Draw``.
 
-    The model was trained on windows of a certain length; beyond it rotary positions extrapolate, and quality falls.
+    Raises:
+        ValueError: at the call, for anything of this that does not fit, and for more tokens than a table of learned
+            positions has rows. The last token is not read again and needs no row.
+
+    Rotary positions have no such end: beyond the length that the model was trained on they extrapolate, and quality
+    falls.
     """
-    if prompt.dim() != 2 or prompt.shape[1] < 1:
+    B, T = prompt.shape if prompt.dim() == 2 else (0, 0)
+    if B < 1 or T < 1:
         raise ValueError(f"prompt must be (sequences, tokens) with at least one token, not {tuple(prompt.shape)}")
-    generator = torch.Generator(prompt.device).manual_seed(seed)
+    if attention_mask is not None:
+        if attention_mask.shape != prompt.shape:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, prompt {tuple(prompt.shape)}")
+        if not attention_mask[:, -1].all():
+            raise ValueError("attention_mask hides the last token of a prompt; prompts are padded on the left")
+        if attention_mask.all():
+            attention_mask = None
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens is {n_tokens}; allowed: 0 and above")
+    seeds = row_seeds(seed, B) if isinstance(seed, int) else list(seed)
+    if len(seeds) != B:
+        raise ValueError(f"{len(seeds)} seeds for {B} sequences")
+    check_draw(**draw)
+    rows = rack.spec.learned_positions
+    if rows is not None and n_tokens > 0 and T + n_tokens - 1 > rows:
+        room = f"at most {rows - T + 1} fit" if rows >= T else f"a prompt may have {rows} tokens at most"
+        raise ValueError(
+            f"{n_tokens} tokens after a prompt of {T} are more than the {rows} positions that the model has learned "
+            f"(model.learned_positions); {room}"
+        )
+    cache = rack.make_cache(T + n_tokens)
+    return _steps(
+        rack, prompt, n_tokens, UniformStreams(seeds), stop_ids, pad_id, suppressed_ids, attention_mask, cache, draw
+    )
+
+
+@torch.no_grad()
+def _steps(
+    rack: Rack,
+    tokens: Tensor,
+    n_tokens: int,
+    streams: UniformStreams,
+    stop_ids: Set[int],
+    pad_id: int | None,
+    suppressed_ids: Set[int],
+    mask: Tensor | None,
+    cache: KVCache,
+    draw: Draw,
+) -> Iterator[Tensor]:
+    device = tokens.device
     blocked = sorted(suppressed_ids)
-    cache = rack.make_cache(prompt.shape[1] + n_tokens)
-    tokens, mask = prompt, attention_mask
-    stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    stops = torch.tensor(sorted(stop_ids), device=prompt.device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    stopped = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+    greedy = draw.get("temperature") == 0
     for _ in range(n_tokens):
-        logits = rack.logits(rack.hidden(tokens, mask, cache)[:, -1]).float()
-        logits = suppress(logits, blocked)
-        if temperature > 0:  # before the cuts, as elsewhere: top_p is of the probabilities that are drawn from
-            logits = logits / temperature
-        if top_k is not None:
-            logits = keep_top_k(logits, top_k)
-        if top_p is not None:
-            logits = keep_top_p(logits, top_p)
-        chosen = sample(logits, 1.0 if temperature > 0 else 0.0, generator)
+        logits = rack.logits(rack.hidden(tokens, mask, cache)[:, -1])
+        chosen = next_token(logits, None if greedy else streams.next(), blocked, **draw)
+        if stop_ids:
+            chosen = torch.where(stopped, tokens[:, -1] if pad_id is None else pad_id, chosen)
+            stopped |= torch.isin(chosen, stops)
         yield chosen
-        stopped |= torch.isin(chosen, stops)
-        if stopped.all():
+        if stop_ids and stopped.all():
             return
         tokens, mask = chosen[:, None], None

@@ -45,7 +45,7 @@ class Phase:
         name: unique in the run.
         stacks: ids of the Rack's Stacks, left to right.
         trains: the parts with full gradients (``Rack.parts`` names them); everything else is frozen.
-        growth: the Stack that is new, if any.
+        growth: the Stacks that are new, if any.
         steps: optimizer steps.
         schedule: of the learning rate.
         optimizer_state: what happens to the moments at the start.
@@ -56,13 +56,15 @@ class Phase:
     trains: tuple[str, ...]
     steps: int
     schedule: Schedule
-    growth: Growth | None = None
+    growth: tuple[Growth, ...] = ()
     optimizer_state: OptimizerState = "keep"
 
     @property
     def stack(self) -> int | None:
         """The Stack this phase is about; ``None`` when it is about all of them."""
-        return self.growth.stack if self.growth else (self.stacks[0] if len(self.stacks) == 1 else None)
+        if len(self.growth) == 1:
+            return self.growth[0].stack
+        return self.stacks[0] if len(self.stacks) == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,6 +15,7 @@ from stackwise.growth.phases import Growth
 from stackwise.model.architecture import Rack, Stack, Stacks, create_rack_from_config, create_stack_from_config
 from stackwise.model.initialisation import RESIDUAL_OUTPUTS
 from stackwise.model.layers import never_trained
+from stackwise.model.lexical import resolve_family
 from stackwise.model.weights import load_weights, save_weights
 
 
@@ -40,21 +41,40 @@ def zero_residual_outputs(stack: Stack) -> None:
     for name, module in stack.named_modules():
         if name.split(".")[-1] in RESIDUAL_OUTPUTS and isinstance(module, nn.Linear):
             module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def _copy_stack(source: Stack, new: Stack) -> None:
+    """Copies all that both have. A first Block without a norm before its attention gives none, and takes none."""
+    there, wanted = source.state_dict(), new.state_dict()
+    odd = {name for name in there.keys() ^ wanted.keys() if ".attention_norm." not in name}
+    odd |= {name for name in there.keys() & wanted.keys() if there[name].shape != wanted[name].shape}
+    if odd:
+        raise UserError(
+            f"training.progressive.new_stack_init: 'copy' needs equal Stacks, but Stack {new.stack_id} differs from "
+            f"Stack {source.stack_id} in {min(odd)}; set identity or random"
+        )
+    new.load_state_dict({name: there.get(name, value) for name, value in wanted.items()})
 
 
 @torch.no_grad()
-def grow_rack(rack: Rack, growth: Growth, stacks: Iterable[int], config: StackWiseConfig) -> None:
-    """Adds ``growth.stack`` to ``rack`` at the place it has in ``stacks``, initialised as ``growth`` says."""
+def grow_rack(rack: Rack, growth: Iterable[Growth], stacks: Iterable[int], config: StackWiseConfig) -> None:
+    """Adds the Stacks of ``growth`` to ``rack`` at the places they have in ``stacks``, each initialised as it says."""
     present = {stack.stack_id: stack for stack in rack.stacks}
-    device = rack.embedding.weight.device
-    new = create_stack_from_config(growth.stack, config).to(device)
+    for new in growth:
+        present[new.stack] = _new_stack(new, present, config).to(rack.device)
+    rack.stacks = Stacks(present[k] for k in stacks)
+
+
+def _new_stack(growth: Growth, present: Mapping[int, Stack], config: StackWiseConfig) -> Stack:
+    new = create_stack_from_config(growth.stack, config)
     if growth.init == "copy":
         assert growth.source is not None
-        new.load_state_dict(present[growth.source].state_dict())
+        _copy_stack(present[growth.source], new)
     elif growth.init == "identity":
         zero_residual_outputs(new)
-    present[growth.stack] = new
-    rack.stacks = Stacks(present[k] for k in stacks)
+    return new
 
 
 class ProgressiveRackBuilder:
@@ -75,8 +95,8 @@ class ProgressiveRackBuilder:
     ) -> None:
         mode = building_mode or config.training.progressive.building_mode
         if mode not in ("append", "prepend"):
-            raise ValueError(f"building_mode is {mode!r}; allowed: append, prepend")
-        self.config = config.override([f"training.progressive.building_mode={mode}"])
+            raise ValueError(f"building_mode is {mode!r}; a builder adds at an end: append, prepend")
+        self.config = resolve_family(config.override([f"training.progressive.building_mode={mode}"]))
         self.building_mode = mode
         self.rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=vocab_size)
 
@@ -90,7 +110,7 @@ class ProgressiveRackBuilder:
         if neighbour is None:
             init = "random"
         growth = Growth(new, init, neighbour if init == "copy" else None)  # type: ignore[arg-type]
-        grow_rack(self.rack, growth, [new, *order] if at_left else [*order, new], self.config)
+        grow_rack(self.rack, [growth], [new, *order] if at_left else [*order, new], self.config)
         return next(stack for stack in self.rack.stacks if stack.stack_id == new)
 
     def append_stack(self, init: str | None = None) -> Stack:
@@ -139,7 +159,7 @@ class ProgressiveRackBuilder:
     def save_rack(self, path: str | Path) -> None:
         """Writes all weights to one safetensors file (and the order of the Stacks into its header)."""
         order = ",".join(str(stack.stack_id) for stack in self.rack.stacks)
-        tensors = {f"{part}/{name}": p.detach() for part, name, p in self.rack.part_parameters()}
+        tensors = {f"{part}/{name}": t.detach() for part, name, t in self.rack.part_tensors()}
         save_weights(path, tensors, {"stacks": order})
 
     def load_rack(self, path: str | Path) -> Rack:
@@ -148,9 +168,9 @@ class ProgressiveRackBuilder:
         if "stacks" not in metadata:
             raise UserError(f"{path}: not a Rack; save_rack writes one")
         order = [int(k) for k in metadata["stacks"].split(",") if k]
-        rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size)
+        rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size, load_family=False)
         rack.stacks = Stacks(create_stack_from_config(k, self.config) for k in order)
-        own = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
+        own = {f"{part}/{name}": t for part, name, t in rack.part_tensors()}
         _copy_into(own, tensors, path)
         self.rack = rack
         return rack

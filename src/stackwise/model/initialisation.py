@@ -2,10 +2,13 @@
 
 | parameter | values |
 |---|---|
-| embedding, untied head | N(0, 0.02²) |
-| q, k, v, gate, up projections (fan-in n) | N(0, 1/n) |
+| embedding, positions, untied head, classification head | N(0, 0.02²) |
+| projections that read the residual stream or a latent (fan-in n) | N(0, 1/n) |
 | o and down projections (fan-in n) | N(0, 1/(n · 2 · Blocks of the Rack)) |
 | norms | 1 |
+| biases | 0 |
+| temperature of a kernel | √(size of a query head) |
+| frequencies of a kernel's features (not trained) | its spectral density |
 
 The residual branches so add up to the same variance at any depth (GPT-2 §2.3).
 
@@ -15,13 +18,19 @@ A tied head reads a normalised hidden state, so its logits start at standard dev
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import nn
 
+from stackwise.model.attention.core import CoreAttention
+
 EMBEDDING_STD = 0.02
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
-INNER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+INNER = (
+    "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "k_a_proj", "k_b_proj", "v_a_proj", "v_b_proj",
+    "kv_a_proj", "kv_b_proj", "gate_proj", "up_proj", "dense", "adapter_in", "adapter_out",
+)  # fmt: skip
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
@@ -36,19 +45,32 @@ def init_weights(module: nn.Module, *, n_blocks: int, seed: int, stream: int) ->
 
     Values depend on (seed, stream, name) alone, so that a Stack is the same whenever it is made.
     """
+    own = type(module).__name__
     for name, parameter in module.named_parameters():
-        kind = name.split(".")[-2] if "." in name else ""
-        if parameter.dim() == 1:
+        *path, leaf = name.split(".")
+        kind = path[-1] if path else ""
+        if leaf == "bias":
+            parameter.zero_()
+            continue
+        if leaf == "weight" and parameter.dim() == 1:
             parameter.fill_(1.0)
+            continue
+        if leaf == "log_temperature":
+            attention = module.get_submodule(".".join(path))
+            assert isinstance(attention, CoreAttention)
+            parameter.fill_(math.log(attention.qk_dim**0.5))
             continue
         if kind in RESIDUAL_OUTPUTS:
             std = (parameter.shape[1] * 2 * n_blocks) ** -0.5
         elif kind in INNER:
             std = parameter.shape[1] ** -0.5
-        elif name == "weight":  # embedding or head
+        elif name in ("weight", "positions") or kind in ("embedding", "head"):
             std = EMBEDDING_STD
         else:
             raise ValueError(f"no initialisation is defined for the parameter {name}")
         values = torch.empty(parameter.shape, dtype=torch.float32)
-        values.normal_(0.0, std, generator=generator(seed, stream, type(module).__name__, name))
+        values.normal_(0.0, std, generator=generator(seed, stream, own, name))
         parameter.copy_(values)
+    for name, part in module.named_modules():
+        if isinstance(part, CoreAttention):
+            part.draw_frequencies(generator(seed, stream, own, name, "frequencies"))

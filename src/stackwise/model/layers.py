@@ -1,48 +1,83 @@
-"""The parts of a Block beside attention."""
+"""The parts of a model under the names that users import."""
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from __future__ import annotations
 
-RMSNorm = nn.RMSNorm
+from torch import nn
 
+from stackwise.model.embedding import TokenEmbedding
+from stackwise.model.feed_forward import GeGLUFFN, PlainFFN, SwiGLUFFN
+from stackwise.model.initialisation import init_weights
+from stackwise.model.lexical import LexicalKernelManager
+from stackwise.model.rack import Block
+from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 
-class SwiGLUFFN(nn.Module):
-    """down(silu(gate(x)) · up(x)) without biases (GLU variants, 2002.05202 §2).
-
-    Args:
-        d_model: width of input and output.
-        d_ff: width between.
-        freeze_up_proj: the up-projection keeps its initial values; ``gate`` and ``down`` train.
-    """
-
-    def __init__(self, d_model: int, d_ff: int, freeze_up_proj: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-        self.never_trained = ("up_proj.weight",) if freeze_up_proj else ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, d_model) → (…, d_model)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+__all__ = [
+    "GeGLUFFN",
+    "LexicalKernelManager",
+    "MLGKALayer",
+    "PlainFFN",
+    "SwiGLUFFN",
+    "TokenEmbedding",
+    "never_trained",
+]
 
 
-class TokenEmbedding(nn.Embedding):
-    """(B, T) token ids → (B, T, d_model), with dropout.
+class MLGKALayer(Block):
+    """A Block whose attention is latent, grouped and a kernel at once, with LayerNorms that have biases.
+
+    q, k and v each pass through a factor of rank ``r_q``, ``r_kv``, ``r_kv``; queries share key/value heads in groups;
+    the logit is a kernel of query and key, approximated by random features.
 
     Args:
-        vocab_size, d_model: shape of the table.
-        dropout: probability, while training.
-        frozen: the table keeps its initial values.
+        d_model, d_ff, n_heads, n_kv_heads: as in ``BlockSpec``.
+        r_q, r_kv: ranks of the factors.
+        kernel_type, kernel_dim: as in ``CoreAttention``.
+        dropout: of attention weights and after both residual branches, while training.
+        attention_mode: ``bidirectional`` or ``causal``.
+        freeze_up_proj: the feed-forward's up-projection keeps its initial values.
+        use_rope: rotary positions before the features.
+        seed: of the initial values.
+        n_blocks: Blocks of the whole model, for the scale of the residual branches.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, dropout: float = 0.0, frozen: bool = False) -> None:
-        super().__init__(vocab_size, d_model)
-        self.dropout = dropout
-        self.never_trained = ("weight",) if frozen else ()
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return F.dropout(super().forward(input_ids), self.dropout, self.training)
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        n_heads: int,
+        n_kv_heads: int,
+        r_q: int = 64,
+        r_kv: int = 64,
+        *,
+        kernel_type: KernelType = "laplacian",
+        kernel_dim: int = 64,
+        dropout: float = 0.0,
+        attention_mode: AttentionMode = "bidirectional",
+        freeze_up_proj: bool = True,
+        use_rope: bool = True,
+        seed: int = 0,
+        n_blocks: int = 1,
+    ) -> None:
+        super().__init__(
+            BlockSpec(
+                d_model,
+                d_ff,
+                n_heads,
+                n_kv_heads,
+                attention_mode,
+                dropout,
+                freeze_up_proj,
+                use_rope,
+                norm="layernorm",
+                norm_bias=True,
+                latents="separate",
+                r_q=r_q,
+                r_kv=r_kv,
+                kernel_type=kernel_type,
+                kernel_dim=kernel_dim,
+            )
+        )
+        init_weights(self, n_blocks=n_blocks, seed=seed, stream=0)
 
 
 def never_trained(module: nn.Module) -> set[nn.Parameter]:

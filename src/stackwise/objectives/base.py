@@ -70,11 +70,13 @@ class CrossEntropyObjective(ABC):
 
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
         hidden = rack.hidden(example.inputs, example.attention_mask)
-        return linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, example.targets.flatten(), scale)
+        targets = example.targets.flatten()
+        return linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, targets, scale, bias=rack.head_bias)
 
     @torch.no_grad()
     def score(self, rack: Rack, batch: Batch) -> tuple[float, int]:
-        example = self.corrupt(batch).to(rack.embedding.weight.device)
+        example = self.corrupt(batch).to(rack.device)
         hidden = rack.hidden(example.inputs, example.attention_mask)
-        terms = linear_cross_entropy_terms(hidden.flatten(0, 1), rack.head_weight, example.targets.flatten())
+        targets = example.targets.flatten()
+        terms = linear_cross_entropy_terms(hidden.flatten(0, 1), rack.head_weight, targets, bias=rack.head_bias)
         return float(terms.double().sum()), example.n_targets

@@ -62,7 +62,7 @@ def validate(
     for first in range(0, len(starts), batch_size):
         index = starts[first : first + batch_size]
         batch = Batch(windows(tokens, index, seq_len), index, np.zeros_like(index))
-        with autocast(rack.embedding.weight.device, compute_dtype):
+        with autocast(rack.device, compute_dtype):
             more_nats, more = objective.score(rack, batch)
         nats, count = nats + more_nats, count + more
         if progress is not None:

@@ -76,7 +76,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    chunk: int | None = None,
+    *,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """scale · Σ cross-entropy(hidden weightᵀ, targets) over the positions whose target is not ``IGNORE``.
 
@@ -88,6 +94,8 @@ def linear_cross_entropy(
     Returns: scalar fp32. Differentiable once, with respect to ``hidden`` and ``weight``. Under autocast the products
     run in the autocast dtype, the softmax in fp32.
     """
+    if bias is not None:
+        hidden, weight = torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1), torch.cat((weight, bias[:, None]), 1)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -99,8 +107,12 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, targets, scale, rows)
 
 
-def linear_cross_entropy_terms(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy_terms(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, *, bias: Tensor | None = None
+) -> Tensor:
     """The cross-entropy of each position (N,), fp32, 0 where the target is ``IGNORE``. No gradient; for evaluation."""
+    if bias is not None:
+        hidden, weight = torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1), torch.cat((weight, bias[:, None]), 1)
     rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
     with torch.no_grad():
         parts = [

@@ -24,3 +24,8 @@ def rope_table(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_{i+D/2}) of ``x`` (B, H, T, D): x·cos + swap(x)·sin, with the tables above."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
+
+
+def rope_rows(table: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``table`` at ``positions`` (B, T): a pair of (B, 1, T, D), which broadcasts over heads."""
+    return table[0][positions][:, None], table[1][positions][:, None]

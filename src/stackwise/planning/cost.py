@@ -143,15 +143,17 @@ def measure_step(
     gradients = sum(p.numel() * p.element_size() for p in trained)
     optimizer = ADAM_BYTES * sum(p.numel() for p in trained)
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+    constants = [t for _, _, t in rack.part_tensors() if not isinstance(t, nn.Parameter)]
+    weights += sum(t.numel() * t.element_size() for t in constants)
     ledger = Ledger()
-    for tensor in (*parameters, inputs):
+    for tensor in (*parameters, *constants, inputs):
         ledger.ignore(tensor)
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
             hidden = rack.hidden(inputs)
             activations = ledger.live
             forward_peak, ledger.peak = ledger.peak, ledger.live
-            loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), 1.0)
+            loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias)
             logits = ledger.peak - activations
             del hidden
         loss.backward()
@@ -188,13 +190,17 @@ def phase_coster(
     training = config.training
     micro = training.micro_batch_size or training.batch_size
     runtime = RUNTIME_BYTES if resolve_device(training.device).type == "cpu" else 0
-    known: dict[tuple[int, tuple[str, ...]], PhaseCost] = {}
+    known: dict[tuple[tuple[int, ...], tuple[str, ...]], PhaseCost] = {}
 
     def cost(phase: Phase) -> PhaseCost:
-        key = (len(phase.stacks), phase.trains)
+        key = (phase.stacks, phase.trains)
         if key not in known:
             with FakeTensorMode():
-                model = create_rack_from_config(config, 0, vocab_size) if rack is None else _fake_copy(rack)
+                model = (
+                    create_rack_from_config(config, 0, vocab_size, load_family=False)
+                    if rack is None
+                    else _fake_copy(rack)
+                )
                 there = {stack.stack_id: stack for stack in model.stacks}
                 model.stacks = Stacks(
                     there[k] if k in there else create_stack_from_config(k, config) for k in phase.stacks
@@ -211,5 +217,6 @@ def phase_coster(
 
 def _fake_copy(rack: Rack) -> Rack:
     """Within a fake mode, a copy with fake parameters; the real ones are not copied."""
-    fakes = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in rack.parameters()}
+    fakes: dict[int, Tensor] = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in rack.parameters()}
+    fakes |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in rack.buffers()}
     return copy.deepcopy(rack, fakes)

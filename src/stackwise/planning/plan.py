@@ -14,6 +14,7 @@ from stackwise.config.schema import DataConfig
 from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
+from stackwise.model.lexical import resolve_family
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.planning.cost import ADAM_BYTES, PhaseCost, phase_coster
 
@@ -29,12 +30,12 @@ class Planned:
     vocab_size: int
 
 
-def plan_phases(config: StackWiseConfig, vocab_size: int) -> Planned:
-    """Plans without data or weights."""
+def plan_phases(config: StackWiseConfig, vocab_size: int, present: tuple[int, ...] = ()) -> Planned:
+    """Plans without data or weights. ``present``: ids of the Stacks that ``model.initial`` brings, left to right."""
     device = resolve_device(config.training.device)
     dtype = resolve_compute_dtype(config.training, device)
     cost = phase_coster(config, vocab_size, dtype)
-    phases = build_phases(config, lambda phase: cost(phase).flops)
+    phases = build_phases(config, lambda phase: cost(phase).flops, present)
     return Planned(phases, [cost(phase) for phase in phases], device, dtype, vocab_size)
 
 
@@ -113,8 +114,9 @@ def available_memory(device: torch.device) -> int | None:
     return None
 
 
-def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None) -> Plan:
+def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None, present: tuple[int, ...] = ()) -> Plan:
     """Plans the run of ``config``. ``limit``: bytes it must fit into; default what the device has."""
+    config = resolve_family(config)
     vocab_size, exact = expected_vocab_size(config.data)
     notes = []
     if config.model.vocab_size is not None:
@@ -124,7 +126,7 @@ def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None) ->
             f"the vocabulary is not known before the data is read; this plan takes {vocab_size:,} "
             "(set model.vocab_size to plan with another)"
         )
-    planned = plan_phases(config, vocab_size)
+    planned = plan_phases(config, vocab_size, present)
     if planned.device.type == "cpu" and not config.tight_allocator:
         notes.append(
             "this is the memory that tensors take; the allocator keeps freed ones for reuse, and resident memory is "

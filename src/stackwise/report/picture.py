@@ -172,7 +172,7 @@ def _draw_rack(axes: Axes, phases: list[Phase], edges: NDArray[np.float64]) -> N
 
 def state_of(phase: Phase, stack: int) -> str:
     """The colour of ``stack`` in ``phase``: new, training or frozen."""
-    if phase.growth is not None and phase.growth.stack == stack:
+    if any(new.stack == stack for new in phase.growth):
         return NEW
     return TRAINED if f"stack.{stack}" in phase.trains else FROZEN
 

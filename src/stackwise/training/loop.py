@@ -26,6 +26,7 @@ from stackwise.objectives.scoring import Validation
 from stackwise.ops.precision import autocast
 from stackwise.training.assertions import TrainingCheck
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore
+from stackwise.training.initial import load_rack_weights
 from stackwise.training.memory import PeakMemory
 from stackwise.training.optimizers import (
     create_optimizer,
@@ -160,8 +161,9 @@ class Loop:
         state, training, rack = self.state, self.config.training, self.rack
         started = time.perf_counter()
         present = {stack.stack_id for stack in rack.stacks}
-        if phase.growth is not None and phase.growth.stack not in present:
-            grow_rack(rack, phase.growth, phase.stacks, self.config)
+        growth = [new for new in phase.growth if new.stack not in present]
+        if growth:
+            grow_rack(rack, growth, phase.stacks, self.config)
         rack.to(self.device)
         rack.checkpoint_activations(training.activation_checkpointing)
         set_trainable(rack, phase.trains)
@@ -294,8 +296,8 @@ class Loop:
         if self.store is None:
             return
         parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.rack.parts()}
-        for part, name, parameter in self.rack.part_parameters():
-            parts[part][name] = parameter.detach()
+        for part, name, tensor in self.rack.part_tensors():
+            parts[part][name] = tensor.detach()
         frozen = {name for name in parts if name not in phase.trains}
         parts["optimizer"] = flatten(moments_of(optimizer, parameters))
         state = {
@@ -329,9 +331,9 @@ class Loop:
     def _describe(self, phase: Phase, record: PhaseRecord) -> str:
         total = sum(p.numel() for p in self.rack.parameters())
         how = ""
-        if phase.growth is not None and len(phase.stacks) > 1:
-            source = f" of stack {phase.growth.source}" if phase.growth.source is not None else ""
-            how = f", new stack: {phase.growth.init}{source}"
+        for new in phase.growth if len(phase.stacks) > 1 else ():
+            source = f" of stack {new.source}" if new.source is not None else ""
+            how += f", new stack {new.stack}: {new.init}{source}"
         return (
             f"phase {self.state.phase + 1}/{len(self.phases)}  {phase.name}: {len(phase.stacks)} stacks, "
             f"{record.trainable_parameters:,} of {total:,} parameters train, {phase.steps:,} steps{how}"
@@ -344,12 +346,3 @@ class Loop:
         if record.bits_per_byte is not None:
             text += f" ({record.bits_per_byte:.4f} bits per byte)"
         return f"{text}, {record.seconds:.0f} s"
-
-
-def load_rack_weights(rack: Rack, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a Rack that has the same parts."""
-    with torch.no_grad():
-        for name, module in rack.parts().items():
-            tensors = checkpoint.part(name)
-            for key, parameter in module.named_parameters():
-                parameter.copy_(tensors[key])

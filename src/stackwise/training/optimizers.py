@@ -53,12 +53,12 @@ def moments_for_phase(phase: Phase, moments: Moments, names: Iterable[str]) -> M
     if phase.optimizer_state == "reset":
         return {}
     kept = {name: moments[name] for name in names if name in moments}
-    growth = phase.growth
-    if phase.optimizer_state == "copy" and growth is not None and growth.source is not None:
+    if phase.optimizer_state == "copy":
+        sources = {f"stack.{new.stack}": f"stack.{new.source}" for new in phase.growth if new.source is not None}
         for name in names:
             part, _, rest = name.partition("/")
-            source = f"stack.{growth.source}/{rest}"
-            if part == f"stack.{growth.stack}" and source in moments:
+            source = f"{sources.get(part)}/{rest}"
+            if source in moments:
                 kept[name] = {key: value.clone() for key, value in moments[source].items()}
     return kept
 

@@ -16,17 +16,20 @@ from typing import Any
 import torch
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import DataConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, StoppedBySignal, UserError
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
+from stackwise.model.lexical import resolve_family
 from stackwise.objectives import create_objective
 from stackwise.objectives.scoring import Validation, validate
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
-from stackwise.training.loop import Loop, load_rack_weights
+from stackwise.training.initial import initial_checkpoint, load_rack_weights
+from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
@@ -64,7 +67,7 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
 
 def _rack_of(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int) -> Rack:
     """The Rack with the checkpoint's Stacks in their order, at initial values."""
-    rack = create_rack_from_config(config, n_stacks=0, vocab_size=vocab_size)
+    rack = create_rack_from_config(config, n_stacks=0, vocab_size=vocab_size, load_family=False)
     rack.stacks.extend(create_stack_from_config(k, config) for k in checkpoint.state["stacks"])
     return rack
 
@@ -82,6 +85,7 @@ def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
 def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
+    config = resolve_family(config)
     run = RunDir.create(out, config.to_yaml())
     try:
         return _go(run, config, reporter, None)
@@ -98,6 +102,15 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
     return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+
+
+def own_data(run: RunDir, config: StackWiseConfig) -> DataConfig:
+    """``config.data`` with the run's own copy of a pretrained tokenizer, whose source may be gone by now."""
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind != "pretrained" or not run.tokenizer.exists():
+        return config.data
+    own = tokenizer.model_copy(update={"path": str(run.tokenizer)})
+    return config.data.model_copy(update={"tokenizer": own})
 
 
 @contextmanager
@@ -132,7 +145,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     checkpoint = store.load(step) if step is not None or store.has_any() else None
     if checkpoint is None:
         run.truncate_metrics(0)
-    data = prepare(config.data, progress=reporter.work)
+    data = prepare(own_data(run, config), progress=reporter.work)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
         f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
@@ -142,14 +155,20 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         data.tokenizer.save(run.tokenizer)
     objective = create_objective(training, data.tokenizer)
     loader = ProgressiveDataLoader(data.train, config)
-    planned = plan_phases(config, _vocab_size(config, data.tokenizer))
+    initial = initial_checkpoint(config)
+    present = () if initial is None else tuple(initial.state["stacks"])
+    planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
     memory = PeakMemory(planned.device)
     if checkpoint is None:
-        rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
-        if planned.phases[0].growth is None:
-            rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
+        if initial is not None:
+            rack = _rack_of(initial, config, planned.vocab_size)
+            load_rack_weights(rack, initial)
+        else:
+            rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
+            if not planned.phases[0].growth:
+                rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
     else:
         rack = _rack_of(checkpoint, config, planned.vocab_size)
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
@@ -183,7 +202,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         "flops": state.flops,
         "wall_seconds": state.seconds,
         "peak_memory_bytes": max(peaks, default=None),
-        "weights_sha256": weights_sha256((f"{part}/{name}", p.detach()) for part, name, p in rack.part_parameters()),
+        "weights_sha256": weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in rack.part_tensors()),
         "phases": [asdict(record) for record in state.records],
     }
     run.write_summary(summary)

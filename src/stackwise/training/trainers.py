@@ -120,6 +120,6 @@ class ArchitectureTrainer(_Trainer):
 
     def train_architecture(self, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
         """Trains all of ``rack`` for the budget. Returns {"phases", "steps", "tokens", "flops", "final_loss"}."""
-        tie = "true" if rack.head is None else "false"
+        tie = "true" if rack.tied else "false"
         config = self.config.override(["training.strategy=end_to_end", f"model.tie_embeddings={tie}"])
         return self._train(config, rack, dataloader)

@@ -1,0 +1,131 @@
+"""Runs that start from the Rack of another run."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import stackwise
+from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig
+from stackwise.data.store import prepare
+from stackwise.objectives import create_objective
+from stackwise.training import ProgressiveDataLoader
+
+BASE = """
+model: {{d_model: 20, n_heads: 2, d_ff: 36, tie_embeddings: {tied}, architecture: {{n_stacks: 2, blocks_per_stack: 2}}}}
+training: {{batch_size: 3, seq_len: 14, max_steps: 12, strategy: end_to_end, device: cpu}}
+data: {{source: files, path: {path}, cache_dir: {cache}, tokenizer: {{kind: characters}}}}
+"""
+EXPAND = """
+model: {{architecture: {{blocks_per_stack: [2, 2, 1, 1]}}}}
+training:
+  batch_size: 3
+  seq_len: 14
+  max_steps: 10
+  seed: 4
+  device: cpu
+  progressive: {{building_mode: {mode}, target_stacks: 4, trunk_strategy: frozen, new_stack_init: identity}}
+  logging: {{every_steps: 1}}
+data: {{source: files, path: {path}, cache_dir: {cache}}}
+"""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def work(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    draw = random.Random(5)
+    (folder / "text.txt").write_text("".join(draw.choices("abcdefgh ", k=4000)))
+    places = {"path": folder / "text.txt", "cache": folder / "cache", "tied": str(request.param).lower()}
+    (folder / "base.yaml").write_text(BASE.format(**places))
+    for mode in ("append", "prepend", "interleave"):
+        (folder / f"{mode}.yaml").write_text(EXPAND.format(mode=mode, **places))
+    assert main(["train", str(folder / "base.yaml"), "--out", str(folder / "base")]) == 0
+    return folder
+
+
+def first_loss(run, config):
+    """The loss of ``run`` on the first batch of a run of ``config``."""
+    data = prepare(config.data)
+    objective = create_objective(config.training, data.tokenizer)
+    example = objective.corrupt(ProgressiveDataLoader(data.train, config).batch(0))
+    return objective.loss(run.rack, example, 1 / example.n_targets).item()
+
+
+ORDERS = {"append": [0, 1, 2, 3], "prepend": [3, 2, 0, 1], "interleave": [0, 2, 1, 3]}
+
+
+@pytest.mark.parametrize("mode", ORDERS)
+def test_identity_stacks_over_a_frozen_trunk_start_at_its_loss_and_leave_it_as_it_was(work, mode):
+    out = work / mode
+    assert main(["train", str(work / f"{mode}.yaml"), "--from", str(work / "base"), "--out", str(out)]) == 0
+    base, grown = stackwise.load(work / "base"), stackwise.load(out)
+    assert [stack.stack_id for stack in grown.rack.stacks] == ORDERS[mode]
+    assert [len(stack.blocks) for stack in grown.rack.stacks] == [2 if k < 2 else 1 for k in ORDERS[mode]]
+    started = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert started == pytest.approx(first_loss(base, grown.config), abs=1e-6)
+    before, after = ({s.stack_id: s.state_dict() for s in run.rack.stacks} for run in (base, grown))
+    for k in (0, 1):
+        for name, tensor in before[k].items():
+            assert torch.equal(tensor, after[k][name]), (k, name)
+    for k in (2, 3):
+        assert all(after[k][f"blocks.0.{part}.weight"].any() for part in ("attention.o_proj", "ffn.down_proj"))
+    tied = grown.config.model.tie_embeddings
+    assert tied == torch.equal(base.rack.head_weight, grown.rack.head_weight)
+    assert grown.tokenizer.fingerprint == base.tokenizer.fingerprint
+    assert not torch.equal(base.rack.norm.weight, grown.rack.norm.weight)
+
+
+def test_an_end_to_end_run_goes_on_with_the_weights_of_another(work):
+    out = work / "on"
+    overrides = ["training.strategy=end_to_end", "model.architecture.blocks_per_stack=2"]
+    assert main(["train", str(work / "append.yaml"), *overrides, "--from", str(work / "base"), "--out", str(out)]) == 0
+    base, on = stackwise.load(work / "base"), stackwise.load(out)
+    started = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert started == pytest.approx(first_loss(base, on.config), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model.d_model=24"], "model.d_model: 24, but the run that model.initial names has 20"),
+        (
+            ["model.architecture.blocks_per_stack=[2,3,1,1]"],
+            "model.architecture.blocks_per_stack: 3 for Stack 1, which has 2 Blocks in the run that model.initial "
+            "names",
+        ),
+        (
+            ["training.progressive.target_stacks=2"],
+            "training.progressive.target_stacks: 2, but the Rack has 2 Stacks already; set it higher",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused_in_one_line(work, capsys, overrides, message):
+    for command in (["train", "--out", str(work / "never")], ["plan"]):
+        code = main([command[0], str(work / "append.yaml"), *overrides, "--from", str(work / "base"), *command[1:]])
+        assert code == 2 and not (work / "never").exists()
+        assert capsys.readouterr().err.splitlines()[-1] == f"stackwise: {message}"
+
+
+def test_a_run_that_is_not_there_is_named(work, capsys, tmp_path):
+    assert (
+        main(["train", str(work / "append.yaml"), "--from", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
+    )
+    assert "none" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_the_plan_starts_from_the_stacks_that_are_there(work, capsys):
+    assert main(["plan", str(work / "interleave.yaml"), "--from", str(work / "base"), "--json"]) == 0
+    (phase,) = json.loads(capsys.readouterr().out)["phases"]
+    assert phase["stacks"] == [0, 2, 1, 3] and phase["trains"][:2] == ["stack.2", "stack.3"]
+
+
+def test_settings_of_the_model_come_from_the_run(work):
+    from stackwise.training.initial import config_from_run
+
+    config = config_from_run(work / "append.yaml", work / "base", ["training.seed=9"])
+    base = StackWiseConfig.from_yaml(work / "base" / "config.yaml")
+    assert config.model.initial == str(work / "base") and config.training.seed == 9
+    assert config.model.d_ff == base.model.d_ff == 36 and config.model.architecture.n_stacks == 2
+    assert config.data.tokenizer.kind == "pretrained"
