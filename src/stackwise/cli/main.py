@@ -27,7 +27,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from stackwise import __version__
-from stackwise.cli import demo, doctor, eval, generate, init, plan, resume, train
+from stackwise.cli import demo, doctor, eval, export, generate, import_, init, plan, resume, train
 from stackwise.config.legacy import OldKeyWarning
 from stackwise.errors import RunError, StoppedBySignal, UserError
 
@@ -69,6 +69,8 @@ app.command()(resume.resume)
 app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
 app.command("eval")(eval.evaluate)
 app.command()(generate.generate)
+app.command(short_help="Write a run as a folder that transformers loads.")(export.export)
+app.command("import", short_help="Bring a Hugging Face folder in as a run.")(import_.import_)
 app.command()(doctor.doctor)
 
 

@@ -202,6 +202,10 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self._library.decode(_ids(ids).tolist(), skip_special_tokens=True)
 
+    def library(self) -> Library:
+        """A copy of the library's tokenizer."""
+        return Library.from_str(self._library.to_str())
+
     def _save(self, folder: Path) -> dict[str, Any]:
         (folder / _LIBRARY_FILE).write_text(self._library.to_str(pretty=True), encoding="utf-8", newline="")
         return self._roles

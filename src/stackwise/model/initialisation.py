@@ -7,7 +7,7 @@
 | o and down projections (fan-in n) | N(0, 1/(n · 2 · Blocks of the Rack)) |
 | norms | 1 |
 | biases | 0 |
-| temperature of a kernel | √(size of a query head) |
+| temperature of a kernel | that of dot products (ops.kernels.default_temperature) |
 | frequencies of a kernel's features (not trained) | its spectral density |
 
 The residual branches so add up to the same variance at any depth (GPT-2 §2.3).
@@ -18,7 +18,6 @@ A tied head reads a normalised hidden state, so its logits start at standard dev
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ def init_weights(module: nn.Module, *, n_blocks: int, seed: int, stream: int) ->
         if leaf == "log_temperature":
             attention = module.get_submodule(".".join(path))
             assert isinstance(attention, CoreAttention)
-            parameter.fill_(math.log(attention.qk_dim**0.5))
+            attention.set_temperature()
             continue
         if kind in RESIDUAL_OUTPUTS:
             std = (parameter.shape[1] * 2 * n_blocks) ** -0.5

@@ -92,7 +92,8 @@ def _attend_locally(
     """As ``attend`` with a window, in memory that grows with T · window.
 
     Queries are cut into chunks; each sees its own tokens and as many beside them as the window reaches, through one
-    band mask for all chunks. Chunks are folded into the batch; keys before the first and after the last token are padding.
+    band mask for all chunks. Chunks are folded into the batch; keys before the first token and after the last are
+    padding.
     """
     B, T = q.shape[0], q.shape[2]
     left = window - 1 if causal else window // 2

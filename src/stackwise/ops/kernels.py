@@ -28,28 +28,56 @@ CHUNK_ELEMENTS = 1 << 20
 """Distances that the laplacian computes at a time: 4 MiB in fp32."""
 
 
+LAPLACIAN_TIP = 0.25
+"""The smallest |g| in the frequencies that attention draws for the l2 laplacian; see ``frequencies``."""
+
+
 def default_bandwidth(kernel_type: KernelType, meaning: KernelMeaning, head_dim: int) -> float:
     """The bandwidth s for queries and keys of unit variance, whose distance is about √(2D).
 
     As weight s² = √D, which makes the gaussian exp(q·k/√D), the softmax of dot products, for keys of equal length. As
-    logit s² = D.
+    logit s = 2√D, and 4√D for the laplacian: narrower kernels have features of higher frequency, and train worse.
     """
-    return head_dim**0.25 if meaning == "weight" else head_dim**0.5
+    if meaning == "weight":
+        return head_dim**0.25
+    return (4 if kernel_type == "laplacian" else 2) * head_dim**0.5
+
+
+def default_temperature(kernel_type: KernelType, bandwidth: float, head_dim: int) -> float:
+    """τ for which τ k(δ) falls with distance as the logits of dot products do: by |δ|²/2√D near 0.
+
+    gaussian: s²/√D; uniform: 3s²/√D, since k = 1 − |δ|²/6s² + …; laplacian, which has a tip there: s, a slope of 1.
+    """
+    if kernel_type == "laplacian":
+        return bandwidth
+    return (3 if kernel_type == "uniform" else 1) * bandwidth**2 / head_dim**0.5
 
 
 def frequencies(
-    kernel_type: KernelType, n: int, head_dim: int, bandwidth: float, norm: KernelNorm, generator: torch.Generator
+    kernel_type: KernelType,
+    n: int,
+    head_dim: int,
+    bandwidth: float,
+    norm: KernelNorm,
+    generator: torch.Generator,
+    tip: float = 0.0,
 ) -> Tensor:
-    """(n, D) in fp32, drawn from the spectral density of the kernel."""
+    """(n, D) in fp32, drawn from the spectral density of the kernel.
+
+    Args:
+        tip: of the l2 laplacian: |g| is at least this. 0 is the laplacian itself, whose frequencies have no mean: a few
+            rows in a hundred turn so fast that their gradients drown those of all others (measured in docs/log.md).
+            Above 0 the tip of the kernel is rounded within |δ| < tip · s; k changes by less than P(|N(0, 1)| < tip).
+    """
     if kernel_type == "uniform":
         return (2 * torch.rand(n, head_dim, generator=generator) - 1) / bandwidth
     if kernel_type == "laplacian" and norm == "l1":
-        return torch.empty(n, head_dim).cauchy_(0.0, 1.0, generator=generator) / bandwidth
+        return torch.tan(math.pi * (torch.rand(n, head_dim, generator=generator) - 0.5)) / bandwidth
     z = torch.randn(n, head_dim, generator=generator)
     if kernel_type == "gaussian":
         return z / bandwidth
     if kernel_type == "laplacian":
-        return z / (torch.randn(n, 1, generator=generator).abs() * bandwidth)
+        return z / (torch.randn(n, 1, generator=generator).abs().clamp(min=tip) * bandwidth)
     raise ValueError(f"kernel_type is {kernel_type!r}; kernels with features: gaussian, laplacian, uniform")
 
 

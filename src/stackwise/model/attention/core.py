@@ -5,6 +5,7 @@ B batch, T tokens, S keys, C width, H query heads, G key/value heads, D head siz
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -14,7 +15,9 @@ from stackwise.model.cache import LayerCache, positions_of
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelMeaning, KernelNorm, KernelType, Latents
 from stackwise.ops.attention import attend
 from stackwise.ops.kernels import (
+    LAPLACIAN_TIP,
     default_bandwidth,
+    default_temperature,
     fourier_features,
     frequencies,
     gaussian_weight_columns,
@@ -65,7 +68,7 @@ class CoreAttention(nn.Module):
         kernel_meaning: ``logit`` or ``weight``.
         kernel_norm: of the laplacian's distance: ``l2``, or ``l1`` (not a function of relative positions after rotary).
         kernel_bandwidth: s; default by kernel and D (``ops.kernels.default_bandwidth``).
-        learned_temperature: τ of each head trains; else it is √D (dot products have 1/√D and no τ).
+        learned_temperature: τ of each head trains, from ``ops.kernels.default_temperature`` on; else it stays there.
         seed: of the frequencies of the features.
 
     Raises:
@@ -166,8 +169,8 @@ class CoreAttention(nn.Module):
         self._set_kernel(kernel_type, kernel_dim, kernel_meaning, kernel_norm, kernel_bandwidth, seed)
         if learned_temperature and (kernel_type == "linear" or kernel_meaning == "weight"):
             raise ValueError("learned_temperature goes with kernels as logits")
-        temperature = torch.full((n_heads,), D**0.5)
-        self.log_temperature = nn.Parameter(temperature.log()) if learned_temperature else None
+        self.log_temperature = nn.Parameter(torch.zeros(n_heads)) if learned_temperature else None
+        self.set_temperature()
 
     def _set_kernel(
         self, kind: KernelType, n: int, meaning: KernelMeaning, norm: KernelNorm, bandwidth: float | None, seed: int
@@ -186,6 +189,7 @@ class CoreAttention(nn.Module):
         if kind == "linear":
             return
         self.bandwidth = default_bandwidth(kind, meaning, self.qk_dim) if bandwidth is None else bandwidth
+        self.temperature = default_temperature(kind, self.bandwidth, self.qk_dim)
         if meaning == "weight":
             if kind not in EXACT_WEIGHT_KERNELS or norm != "l2":
                 raise ValueError(
@@ -204,8 +208,17 @@ class CoreAttention(nn.Module):
         """Draws the frequencies of the features again. Only kernels as logits have any."""
         if self.frequencies is not None:
             n = len(self.frequencies)
-            drawn = frequencies(self.kernel_type, n, self.qk_dim, self.bandwidth, self.kernel_norm, generator)
-            self.frequencies.copy_(drawn)
+            self.frequencies.copy_(
+                frequencies(
+                    self.kernel_type, n, self.qk_dim, self.bandwidth, self.kernel_norm, generator, LAPLACIAN_TIP
+                )
+            )
+
+    @torch.no_grad()
+    def set_temperature(self) -> None:
+        """Gives learned temperatures their first value."""
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(math.log(self.temperature))
 
     def set_attention_mode(self, mode: AttentionMode) -> None:
         """Switches between ``causal`` and ``bidirectional``; the weights fit both."""
@@ -334,7 +347,7 @@ class CoreAttention(nn.Module):
         if self.kernel_type != "linear":
             if self.kernel_meaning == "logit":
                 if self.log_temperature is None:
-                    scale = self.qk_dim**0.5
+                    scale = self.temperature
                 else:
                     q, scale = q * self.log_temperature.exp().to(q.dtype)[:, None, None], 1.0
             elif self.kernel_type == "gaussian":

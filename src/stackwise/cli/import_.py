@@ -1,0 +1,37 @@
+"""``stackwise import``: a Hugging Face folder as a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.train import Json
+
+
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Hugging Face folder: config.json, safetensors, tokenizer")
+    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; must be new")],
+    stacks: Annotated[int, typer.Option("--stacks", min=1, help="Stacks to split the layers into")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Bring a pretrained model in as RUN, ready to be evaluated, to generate, and to grow (train --from RUN).
+
+    Llama, Qwen3, GPT-2, ModernBERT and DeepSeek-V3 without experts.
+    """
+    from stackwise.cli.results import print_json
+    from stackwise.interop.importing import import_folder
+
+    result = import_folder(folder, run, stacks)
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{run}: {result['family']}, {result['parameters']:,} parameters, {result['blocks']} Blocks in "
+        f"{result['stacks']} Stacks\ngrow it with  stackwise train CONFIG --from {run} --out RUN",
+        file=sys.stderr,
+    )

@@ -1,0 +1,184 @@
+"""Runs as Hugging Face folders: ``stackwise export RUN DIR``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stackwise.data.tokenizers import Tokenizer
+from stackwise.errors import RunError, UserError
+from stackwise.interop.families import Entry, choose_family
+from stackwise.interop.remote_code import remote_sources
+from stackwise.interop.tokenizer_files import write_tokenizer
+from stackwise.model.rack import Rack
+from stackwise.training.run import load
+
+SHARD_BYTES = 5 * 10**9
+"""Weights in one file at most, as transformers writes them."""
+
+
+def export_run(run: str | Path, out: str | Path, step: int | None = None) -> dict[str, Any]:
+    """Writes a trained run as a folder that ``transformers`` loads, whole or not at all.
+
+    Returns: {"architecture", "remote_code", "auto_class", "parameters"}.
+
+    Raises:
+        UserError: ``out`` exists and is not empty.
+    """
+    out = _new_folder(out)
+    loaded = load(run, step)
+    return export_rack(loaded.rack, loaded.tokenizer, out, loaded.config.training.seq_len)
+
+
+def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int) -> dict[str, Any]:
+    """As ``export_run``, for a Rack at hand. ``max_tokens``: the longest sequence it was trained on."""
+    out = _new_folder(out)
+    # Adapted embeddings are one table to whoever reads the model.
+    spec = replace(rack.spec, embedding_dim=None, adapter_hidden_dim=None, freeze_embeddings=False)
+    max_tokens = spec.learned_positions or max_tokens
+    causal = {block.attention_mode for block in spec.blocks} == {"causal"}
+    auto_class = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
+    own: dict[str, Tensor] = {
+        name: tensor for name, tensor in rack.state_dict().items() if not name.startswith("embedding.adapter_")
+    }
+    own["embedding.weight"] = rack.embedding.table().detach()
+    family = choose_family(spec, max_tokens)
+    sources: dict[str, str] = {}
+    settings: dict[str, Any]
+    if family is not None:
+        architecture = family.architecture
+        settings = {"architectures": [architecture], "model_type": family.model_type}
+        settings |= family.settings(spec, max_tokens)
+        entries = list(family.entries(spec))
+    else:
+        sources = remote_sources()
+        architecture = "StackWiseForCausalLM" if causal else "StackWiseForMaskedLM"
+        settings = {
+            "architectures": [architecture],
+            "model_type": "stackwise",
+            "auto_map": {
+                "AutoConfig": "configuration_stackwise.StackWiseModelConfig",
+                auto_class: f"modeling_stackwise.{architecture}",
+            },
+            "max_position_embeddings": max_tokens,
+            "use_cache": False,
+            "rack": spec.to_dict(),
+        }
+        entries = [Entry(f"rack.{name}", (name,)) for name in own]
+    ids = _token_ids(tokenizer)
+    settings |= {"dtype": "float32", "torch_dtype": "float32", **ids}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / "config.json", settings)
+        if causal:
+            generation = {key: value for key, value in ids.items() if value is not None}
+            _write_json(temporary / "generation_config.json", generation | ({} if family else {"use_cache": False}))
+        _write_weights(temporary, entries, own)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, temporary, max_tokens)
+        for name, text in sources.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        remote = ", trust_remote_code=True" if sources else ""
+        (temporary / "README.md").write_text(
+            _card(architecture, auto_class, remote, rack, max_tokens), encoding="utf-8"
+        )
+        if out.exists():
+            out.rmdir()  # empty
+        os.rename(temporary, out)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "architecture": architecture,
+        "remote_code": bool(sources),
+        "auto_class": auto_class,
+        "parameters": sum(p.numel() for p in rack.parameters()),
+    }
+
+
+def _new_folder(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; give a new or an empty folder")
+    return out
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Documents begin after the end token, so it is the first token of a text as well."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    end = tokenizer.end_id
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_id}
+
+
+def _shards(entries: list[Entry], own: dict[str, Tensor]) -> Iterator[list[Entry]]:
+    """Runs of entries of at most ``SHARD_BYTES``."""
+    shard: list[Entry] = []
+    size = 0
+    for entry in entries:
+        bytes_ = sum(own[name].numel() * own[name].element_size() for name in entry.ours)
+        if shard and size + bytes_ > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += bytes_
+    yield shard
+
+
+def _write_weights(folder: Path, entries: list[Entry], own: dict[str, Tensor]) -> None:
+    shards = list(_shards(entries, own))
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file({entry.theirs: entry.join(own) for entry in entries}, folder / "model.safetensors", metadata)
+        return
+    places: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({entry.theirs: entry.join(own) for entry in shard}, folder / name, metadata)
+        places |= {entry.theirs: name for entry in shard}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))},
+    )
+
+
+def _card(architecture: str, auto_class: str, remote: str, rack: Rack, max_tokens: int) -> str:
+    """What is in the folder and how to load it."""
+    parameters = sum(p.numel() for p in rack.parameters())
+    about = (
+        f"`{architecture}` of transformers, exactly equal to the model as it was trained"
+        if not remote
+        else "a model that no class of transformers equals, so its own source is in this folder"
+    )
+    return f"""---
+library_name: transformers
+---
+
+# A model trained with StackWise
+
+{parameters:,} parameters in {len(rack.stacks)} Stacks with {len(rack.blocks())} Blocks; trained on sequences of
+{max_tokens} tokens. It is {about}.
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("."{remote})
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""

@@ -1,0 +1,197 @@
+"""Hugging Face folders as runs: ``stackwise import DIR RUN``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.tokenizers import Tokenizer, open_pretrained
+from stackwise.errors import RunError, UserError
+from stackwise.interop.families import FAMILIES, Family, Settings
+from stackwise.model.architecture import Rack, rack_spec_from_config
+from stackwise.training.checkpoints import CheckpointStore
+from stackwise.training.loop import RunState
+from stackwise.training.rundir import RunDir
+
+IMPORTED = "imported"
+"""The fingerprint in the checkpoint of a run that was imported and not trained."""
+
+
+def read_settings(folder: str | Path) -> Settings:
+    """``config.json`` of a Hugging Face folder. UserError in one line when there is none that can be read."""
+    file = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not file.is_file():
+        raise UserError(f"{folder}: not a Hugging Face folder: it has no config.json")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return settings
+
+
+def family_of(settings: Settings, folder: str | Path) -> Family:
+    """The family that ``config.json`` names. UserError with the ones there are."""
+    kind = settings.get("model_type")
+    if settings.get("quantization_config") is not None:
+        method = settings["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"{folder}: quantization_config: {method!r} weights cannot be imported; use full ones")
+    if kind not in FAMILIES:
+        near = difflib.get_close_matches(str(kind), FAMILIES, 1, 0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UserError(f"{folder}: model_type: {kind!r} cannot be imported; known: {', '.join(FAMILIES)}{hint}")
+    return FAMILIES[kind]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. UserError when there are none: pickles are never read."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: cannot be read ({error})") from None
+        files = [folder / Path(name).name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise UserError(
+            f"{folder}: its weights are pickles, which are never loaded; save them with safe_serialization=True"
+        )
+    raise UserError(f"{folder}: it has no model.safetensors")
+
+
+class StoredTensors:
+    """The tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with self._open(file) as content:
+                self._files |= dict.fromkeys(content.keys(), file)
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+
+    def names(self) -> Iterator[str]:
+        yield from self._files
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._open(self._files[name]) as content:
+            return content.get_tensor(name)
+
+
+def load_weights_into(rack: Rack, family: Family, stored: StoredTensors, folder: str | Path) -> None:
+    """Copies their weights into ``rack``, in fp32. UserError for what is missing, left over or of another shape."""
+    own = rack.state_dict()
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    entries = list(family.entries(rack.spec))
+    assert {name for entry in entries for name in entry.ours} == set(own), "the family's table names every tensor"
+    # Checkpoints of base models leave out the prefix of the model with a head; tied ones may hold the head twice.
+    missing = [entry.theirs for entry in entries if entry.theirs not in stored]
+    if missing:
+        raise UserError(f"{folder}: the weights of {missing[0]} are missing ({len(missing)} in all)")
+    known = {entry.theirs for entry in entries} | ({"lm_head.weight", "decoder.weight"} if rack.tied else set())
+    odd = [name for name in stored.names() if name not in known and not name.endswith(family.ignored or "\0")]
+    if odd:
+        raise UserError(
+            f"{folder}: {odd[0]} has no place in a Rack ({len(odd)} such tensors); its layers differ from what "
+            f"{family.architecture} is here"
+        )
+    with torch.no_grad():
+        for entry in entries:
+            for name, tensor in entry.split(stored[entry.theirs].float(), shapes).items():
+                own[name].copy_(tensor)
+        if rack.tied:
+            for name in ("lm_head.weight", "decoder.weight"):
+                if name in stored and not torch.equal(stored[name].float(), rack.embedding.weight):
+                    raise UserError(f"{folder}: config.json ties the embeddings, but {name} is another matrix")
+
+
+def rack_from_folder(folder: str | Path, n_stacks: int = 1) -> Rack:
+    """The model in a Hugging Face folder, as a Rack of ``n_stacks`` Stacks with values in fp32."""
+    return _load(Path(folder), n_stacks, {})[0]
+
+
+def _load(folder: Path, n_stacks: int, extra: dict[str, Any]) -> tuple[Rack, StackWiseConfig]:
+    settings = read_settings(folder)
+    family = family_of(settings, folder)
+    n = family.n_blocks(settings)
+    if not 1 <= n_stacks <= n:
+        raise UserError(f"--stacks: {n_stacks} is out of range; the model has {n} layers: at least 1 and at most {n}")
+    config = family.config(settings, n_stacks, extra)
+    assert config.model.vocab_size is not None
+    with torch.device("meta"):
+        rack = Rack(rack_spec_from_config(config, range(n_stacks), config.model.vocab_size))
+    rack.to_empty(device="cpu")
+    load_weights_into(rack, family, StoredTensors(weight_files(folder)), folder)
+    return rack.requires_grad_(True).eval(), config
+
+
+def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dict[str, Any]:
+    """Writes the model in ``folder`` as the new run ``out``, whole or not at all.
+
+    Returns: {"family", "stacks", "blocks", "parameters"}.
+
+    Raises:
+        UserError: the folder cannot be expressed as a Rack, or ``out`` exists.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise UserError(f"{out}: already exists; give a new folder")
+    family = family_of(read_settings(folder), folder)
+    tokenizer: Tokenizer = open_pretrained(folder)
+    extra = {"data": {"tokenizer": {"kind": "pretrained", "path": str(folder.resolve())}}}
+    rack, config = _load(folder, n_stacks, extra)
+    if tokenizer.vocab_size > rack.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {rack.vocab_size:,} rows"
+        )
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        run = RunDir(temporary)
+        try:
+            temporary.mkdir(parents=True)
+            config.to_yaml(run.config)
+        except OSError as error:
+            raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
+        tokenizer.save(run.tokenizer)
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in rack.parts()}
+        for part, name, tensor in rack.part_tensors():
+            parts[part][name] = tensor.detach()
+        state = {"fingerprint": IMPORTED, "stacks": list(range(n_stacks)), "run": RunState().to_dict()}
+        CheckpointStore(run.checkpoints).save(0, parts, state)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "family": family.architecture,
+        "stacks": n_stacks,
+        "blocks": len(rack.blocks()),
+        "parameters": sum(p.numel() for p in rack.parameters()),
+    }

@@ -1,0 +1,72 @@
+"""A StackWise model for transformers: the Rack, and nothing else of StackWise."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
+
+from stackwise.interop.remote.configuration_stackwise import StackWiseModelConfig
+from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec
+
+
+class StackWisePreTrainedModel(PreTrainedModel):
+    config_class = StackWiseModelConfig
+    base_model_prefix = "rack"
+
+    def __init__(self, config: StackWiseModelConfig) -> None:
+        super().__init__(config)
+        assert config.rack is not None, "the config has the model's shape"
+        self.rack = Rack(RackSpec.from_dict(config.rack))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """All values come from the checkpoint."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.rack.embedding
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.rack(input_ids, None if attention_mask is None else attention_mask.bool())
+
+
+class StackWiseForCausalLM(StackWisePreTrainedModel, GenerationMixin):
+    """``labels`` are the inputs, −100 where nothing counts; they are shifted here."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        logits = self._logits(input_ids, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The whole sequence each time: there is no cache here."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class StackWiseForMaskedLM(StackWisePreTrainedModel):
+    """``labels`` are −100 where nothing is predicted."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        logits = self._logits(input_ids, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return MaskedLMOutput(loss=loss, logits=logits)

@@ -1,0 +1,37 @@
+"""The source of a Rack as a remote-code module: our own files, made to import each other from one flat folder."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.resources import files
+
+_REMOTE = "stackwise.interop.remote."
+_IMPORT = re.compile(r"^from (stackwise\.[\w.]+) import", re.MULTILINE)
+_TYPE_CHECKING = re.compile(r"^if TYPE_CHECKING:\n(?:(?: {4}.*)?\n)+", re.MULTILINE)
+
+
+def remote_sources() -> dict[str, str]:
+    """File name → source, of the two modules that transformers loads and of all that they import."""
+    sources: dict[str, str] = {}
+    waiting = [f"{_REMOTE}modeling_stackwise"]
+    while waiting:
+        module = waiting.pop()
+        name = f"{_flat(module)}.py"
+        if name in sources:
+            continue
+        text = _TYPE_CHECKING.sub("", _source(module))
+        ast.parse(text)
+        waiting += _IMPORT.findall(text)
+        sources[name] = _IMPORT.sub(lambda found: f"from .{_flat(found[1])} import", text)
+    return sources
+
+
+def _source(module: str) -> str:
+    *path, name = module.split(".")[1:]
+    return files("stackwise").joinpath(*path, f"{name}.py").read_text(encoding="utf-8")
+
+
+def _flat(module: str) -> str:
+    """``stackwise.ops.rope`` → ``stackwise_ops_rope``; the modules of this folder keep their names."""
+    return module.removeprefix(_REMOTE) if module.startswith(_REMOTE) else module.replace(".", "_")

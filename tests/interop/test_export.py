@@ -1,0 +1,194 @@
+"""Exported folders as their readers find them: without StackWise, through the Auto classes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from stackwise.cli.main import main
+from stackwise.data.tokenizers import ByteTokenizer, CharacterTokenizer, train_bpe
+from stackwise.generation.autoregressive import generate, pad_prompts
+from stackwise.interop.export import export_rack
+from stackwise.interop.remote_code import remote_sources
+from stackwise.interop.tokenizer_files import write_tokenizer
+from stackwise.model.architecture import create_rack_from_specs
+from variants import BLOCKS, V, rack_of
+
+IDS = torch.randint(0, V, (2, 11), generator=torch.Generator().manual_seed(8))
+MASK = torch.ones(2, 11, dtype=torch.bool)
+MASK[1, :3] = False
+
+# Run where `stackwise` cannot be imported: logits, loss, a saved and reloaded copy, and generated tokens.
+READER = """
+import sys
+sys.modules["stackwise"] = None
+import json, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoConfig
+ids, mask = torch.tensor(json.loads(sys.argv[2])), torch.tensor(json.loads(sys.argv[3]))
+results = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    auto = AutoModelForMaskedLM if "mlm" in folder.name else AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    assert not model.training
+    out = model(ids, attention_mask=mask.long(), labels=torch.where(mask, ids, -100))
+    results[folder.name + "/logits"], results[folder.name + "/loss"] = out.logits.detach(), out.loss.detach()
+    model.save_pretrained(folder / "again")
+    again = auto.from_pretrained(folder / "again", trust_remote_code=True)
+    assert torch.equal(again(ids, attention_mask=mask.long()).logits, out.logits)
+    if "mlm" not in folder.name:
+        made = model.generate(ids, attention_mask=mask.long(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        results[folder.name + "/tokens"] = made[:, ids.shape[1]:].contiguous()
+save_file(results, sys.argv[4])
+"""
+
+
+def racks():
+    """Racks that no class of transformers equals."""
+    made = {name: rack_of(name, n_blocks=1) for name in BLOCKS if name not in NATIVE}
+    made["gpt_style, mlm"] = rack_of("gpt_style", attention_mode="bidirectional")
+    made["mlgka, mlm"] = rack_of("mlgka", attention_mode="bidirectional", learned_positions=11)
+    block = {**BLOCKS["efficient_gqa"], "attention_mode": "bidirectional"}
+    stacks = [
+        {"stack_id": 3, "n_blocks": 1, "block_spec": block},
+        {"stack_id": 1, "n_blocks": 2, "block_spec": BLOCKS["qk_norm"]},
+    ]
+    made["encoder beside decoder, mlm"] = create_rack_from_specs(
+        V, block["d_model"], stacks, tie_embeddings=True, mlm_head=True, embedding_norm=True
+    )
+    return made
+
+
+NATIVE = {
+    "gpt_style": "LlamaForCausalLM",
+    "bert_style": "LlamaForCausalLM",  # made causal
+    "efficient_gqa": "LlamaForCausalLM",
+    "mla_attention": "DeepseekV3ForCausalLM",
+    "mla_full_queries": "DeepseekV3ForCausalLM",
+    "qk_norm": "Qwen3ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_native_class_is_chosen_where_it_is_exactly_equal(name, tmp_path):
+    result = export_rack(rack_of(name), None, tmp_path / "out", 32)
+    assert result["architecture"] == NATIVE.get(name, "StackWiseForCausalLM")
+    assert result["remote_code"] == (name not in NATIVE)
+    assert (tmp_path / "out" / "modeling_stackwise.py").exists() == result["remote_code"]
+
+
+def test_a_native_class_without_rotary_or_learned_positions_does_not_exist(tmp_path):
+    assert export_rack(rack_of("gpt_style", use_rope=False), None, tmp_path / "out", 32)["remote_code"]
+
+
+def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(tmp_path, monkeypatch):
+    made = racks()
+    for name, rack in made.items():
+        folder = tmp_path / "all" / name.replace(", ", "-").replace(" ", "_")
+        assert export_rack(rack.eval(), None, folder, 32)["remote_code"]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = [str(tmp_path / "all"), json.dumps(IDS.tolist()), json.dumps(MASK.tolist()), str(tmp_path / "results")]
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *arguments], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = load_file(tmp_path / "results")
+    for name, rack in made.items():
+        key = name.replace(", ", "-").replace(" ", "_")
+        logits = rack(IDS, MASK)
+        torch.testing.assert_close(results[f"{key}/logits"][MASK], logits[MASK], atol=1e-5, rtol=1e-5)
+        targets = torch.where(MASK, IDS, -100)
+        if "mlm" in name:
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        else:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+            rows = [ids[mask].tolist() for ids, mask in zip(IDS, MASK)]
+            ids, mask = pad_prompts(rows, 0)
+            tokens = torch.stack(list(generate(rack, ids, 4, temperature=0, attention_mask=mask)), 1)
+            assert torch.equal(results[f"{key}/tokens"], tokens), name
+        torch.testing.assert_close(results[f"{key}/loss"], loss, atol=1e-5, rtol=1e-5)
+
+
+def test_remote_code_is_this_package_s_own_source():
+    sources = remote_sources()
+    assert {"modeling_stackwise.py", "configuration_stackwise.py", "stackwise_ops_rope.py"} <= set(sources)
+    for name, text in sources.items():
+        assert "from stackwise." not in text and "pydantic" not in text, name
+    assert not any("config_" in name or "training" in name for name in sources)
+
+
+TEXT = "one rack, two stacks: ünïcödé → \n\t tabs  and   spaces 12345"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+def test_a_tokenizer_gives_the_same_ids_in_transformers(kind, tmp_path):
+    tokenizer = {
+        "bytes": ByteTokenizer,
+        "characters": lambda: CharacterTokenizer(TEXT),
+        "bpe": lambda: train_bpe(iter([TEXT] * 3), 300),
+    }[kind]()
+    write_tokenizer(tokenizer, tmp_path, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, TEXT[::-1], " ", ""):
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(ids) == text == tokenizer.decode(np.array(ids, dtype=np.int64))
+    roles = (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id)
+    assert roles == (tokenizer.end_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert len(theirs) == tokenizer.vocab_size
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("stacks of blocks in a rack; " * 60)
+    (folder / "config.yaml").write_text(
+        "model: {d_model: 16, n_heads: 2, architecture: {n_stacks: 2, blocks_per_stack: 1}}\n"
+        "training: {batch_size: 3, seq_len: 12, max_steps: 4, device: cpu}\n"
+        f"data: {{source: files, path: {folder / 'text.txt'}, cache_dir: {folder / 'cache'}, "
+        "tokenizer: {kind: characters}}\n"
+    )
+    assert main(["train", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_the_commands_export_and_import_go_round(run, tmp_path, capsys):
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+    said = capsys.readouterr().err
+    assert "LlamaForCausalLM (exactly equal)" in said and f'from_pretrained("{tmp_path / "hf"}")' in said
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "back"), "--stacks", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stacks"] == 2
+    texts = []
+    for folder in (run, tmp_path / "back"):
+        assert main(["generate", str(folder), "--prompt", "stack", "--tokens", "9", "--temperature", "0"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["eval", str(tmp_path / "back"), "--data", str(run.parent / "text.txt"), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(run), "--data", str(run.parent / "text.txt"), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert scores["loss"] == pytest.approx(expected["loss"], rel=0.05)  # in windows of another length
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "{run}", "{here}"], "{here}: already exists; give a new or an empty folder"),
+        (["import", "{here}/none", "{here}/out"], "{here}/none: no such folder"),
+        (["import", "{here}", "{here}/out"], "{here}: not a Hugging Face folder: it has no config.json"),
+        (["import", "{run}", "{run}"], "{run}: already exists; give a new folder"),
+    ],
+)
+def test_wrong_folders_are_answered_in_one_line(run, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    places = {"run": run, "here": tmp_path}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    assert capsys.readouterr().err == f"stackwise: {message.format(**places)}\n"
