@@ -1,0 +1,231 @@
+"""Sentiment of sentences, with latent grouped kernel attention, trained from scratch.
+
+    python examples/mlgka_text_classification.py --train train.tsv --validation validation.tsv
+    python examples/mlgka_text_classification.py --train train.tsv --validation validation.tsv --attention all
+
+Files are .tsv (a header, then sentence<TAB>label) or .jsonl (objects with text and label); labels are 0, 1, ….
+Two models: ``simple`` (one layer of width 256, 1.2 M parameters with two classes) and ``classifier`` (six layers of
+width 512 with learned positions, 26.7 M parameters). Words, or word pieces, are learnt from the training file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from stackwise.model.architecture import Block, BlockSpec
+from stackwise.model.classifier import SequenceClassifier
+from stackwise.model.initialisation import init_weights
+from stackwise.model.layers import MLGKALayer
+
+PAD, UNKNOWN = 0, 1
+ATTENTIONS = ("mlgka", "gpt_style", "bert_style")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of a model and how it is trained."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    max_positions: int | None
+    dropout: float
+    lr: float
+    embedding_lr: float
+    epochs: int
+    word_dropout: float
+    batch_size: int = 32
+    weight_decay: float = 0.05
+    n_heads: int = 8
+    n_kv_heads: int = 2
+
+
+RECIPES = {
+    "simple": Recipe(1000, 256, 1024, 1, None, 0.2, 1e-3, 3e-3, 4, 0.3),
+    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 2e-4, 3e-3, 3, 0.2),
+}
+
+
+def read(path: Path) -> tuple[list[str], list[int]]:
+    """Texts and labels. SystemExit with one line where the file is not as it must be."""
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            pairs = [(row["text"], int(row["label"])) for row in rows]
+        else:
+            with open(path, encoding="utf-8", newline="") as file:
+                lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+            pairs = [(line[0], int(line[1])) for line in lines if line]
+    except OSError as error:
+        wrong(f"{path}: {error.strerror}")
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        wrong(f"{path}: not a .tsv of sentence<TAB>label or a .jsonl of text and label ({error})")
+    if not pairs:
+        wrong(f"{path}: it has no rows")
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def wrong(message: str) -> None:
+    print(f"mlgka_text_classification: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def learn_tokens(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Words of lower-cased text, and pieces of the rarer ones."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\p{P}"), "isolated")]
+    )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def build(recipe: Recipe, attention: str, n_classes: int, seed: int) -> SequenceClassifier:
+    """The model; ``gpt_style`` and ``bert_style`` have full attention in the same Blocks, causal or not."""
+    r, blocks = recipe, []
+    for i in range(r.n_layers):
+        if attention == "mlgka":
+            layer_seed = seed * 1000 + i
+            block: Block = MLGKALayer(
+                r.d_model, r.d_ff, r.n_heads, r.n_kv_heads, dropout=r.dropout, seed=layer_seed, n_blocks=r.n_layers
+            )
+        else:
+            mode = "causal" if attention == "gpt_style" else "bidirectional"
+            spec = BlockSpec(
+                r.d_model, r.d_ff, r.n_heads, r.n_heads, mode, r.dropout, True, norm="layernorm", norm_bias=True
+            )
+            block = Block(spec)
+            init_weights(block, n_blocks=r.n_layers, seed=seed, stream=i)
+        blocks.append(block)
+    return SequenceClassifier(
+        r.vocab_size, r.d_model, blocks, n_classes, max_positions=r.max_positions, dropout=r.dropout, seed=seed
+    )
+
+
+def batches(ids: list[list[int]], size: int, generator: np.random.Generator | None) -> list[np.ndarray]:
+    """Indices of texts of like length; shuffled with ``generator``."""
+    noise = generator.uniform(0.8, 1.25, len(ids)) if generator is not None else 1.0
+    order = np.argsort(np.array([len(row) for row in ids]) * noise, kind="stable")
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    if generator is not None:
+        generator.shuffle(groups)
+    return groups
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, mask
+
+
+def accuracy(model: SequenceClassifier, ids: list[list[int]], labels: torch.Tensor) -> float:
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for group in batches(ids, 64, None):
+            chosen = model(*padded([ids[i] for i in group])).argmax(-1)
+            right += int((chosen == labels[group]).sum())
+    return right / len(ids)
+
+
+def train(
+    recipe: Recipe, attention: str, data: tuple[list[list[int]], ...], labels: tuple[torch.Tensor, ...], seed: int
+) -> dict[str, object]:
+    """Trains one model; the last epoch's weights are the ones that count."""
+    torch.manual_seed(seed)
+    order = np.random.default_rng(seed)
+    model = build(recipe, attention, int(labels[0].max()) + 1, seed)
+    count = sum(p.numel() for p in model.parameters())
+    frozen = {p for block in model.blocks for name, p in block.named_parameters() if "up_proj" in name}
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    words = model.embedding.weight  # a row gets few gradients, so each of its steps is larger
+    groups = [
+        {"params": [words], "weight_decay": 0.0, "rate": recipe.embedding_lr},
+        {"params": [p for p in trained if p.dim() > 1 and p is not words], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    total = recipe.epochs * len(batches(data[0], recipe.batch_size, order))
+    print(f"{attention}: {count:,} parameters, {total} steps", file=sys.stderr)
+    step, start, scores = 0, time.perf_counter(), []
+    for epoch in range(recipe.epochs):
+        model.train()
+        for group in batches(data[0], recipe.batch_size, order):
+            rate = min((step + 1) / (0.06 * total), (total - step) / (0.94 * total))
+            for group_ in optimizer.param_groups:
+                group_["lr"] = group_.get("rate", recipe.lr) * rate
+            ids, mask = padded([data[0][i] for i in group])
+            hidden = (torch.rand(ids.shape) < recipe.word_dropout) & mask
+            logits = model(ids.masked_fill(hidden, UNKNOWN), mask)
+            loss = F.cross_entropy(logits, labels[0][group], label_smoothing=0.1)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        scores.append(accuracy(model, data[1], labels[1]))
+        seconds = time.perf_counter() - start
+        print(f"  epoch {epoch + 1}: accuracy {scores[-1]:.4f}, {seconds:.0f} s", file=sys.stderr)
+    return {
+        "attention": attention, "parameters": count, "accuracy": scores[-1], "epochs": scores,
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--validation", type=Path, help="default: a tenth of the training file, held out")
+    parser.add_argument("--model", choices=sorted(RECIPES), default="classifier")
+    parser.add_argument("--attention", choices=[*ATTENTIONS, "all"], default="mlgka")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--embedding-lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    recipe = RECIPES[options.model]
+    changes = {key: getattr(options, key) for key in ("epochs", "lr", "embedding_lr") if getattr(options, key) is not None}
+    recipe = Recipe(**{**recipe.__dict__, **changes})
+    texts, labels = read(options.train)
+    if options.validation is None:
+        held = set(np.random.default_rng(0).permutation(len(texts))[: len(texts) // 10].tolist())
+        parts = [[i for i in range(len(texts)) if (i in held) == side] for side in (False, True)]
+        sets = [([texts[i] for i in part], [labels[i] for i in part]) for part in parts]
+    else:
+        sets = [(texts, labels), read(options.validation)]
+    tokenizer = learn_tokens(sets[0][0], recipe.vocab_size)
+    limit = recipe.max_positions or 512
+    data = tuple([row.ids[:limit] or [UNKNOWN] for row in tokenizer.encode_batch(part)] for part, _ in sets)
+    targets = tuple(torch.tensor(part) for _, part in sets)
+    kinds = ATTENTIONS if options.attention == "all" else (options.attention,)
+    results = [train(recipe, kind, data, targets, options.seed) for kind in kinds]
+    if options.json:
+        print(json.dumps({"model": options.model, "seed": options.seed, "results": results}))
+        return
+    print(f"{'attention':12}{'parameters':>14}{'accuracy':>10}{'seconds':>9}")
+    for row in results:
+        print(f"{row['attention']:12}{row['parameters']:14,}{row['accuracy']:10.4f}{row['seconds']:9.0f}")
+
+
+if __name__ == "__main__":
+    main()
