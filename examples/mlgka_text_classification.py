@@ -15,7 +15,7 @@ import csv
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.initialisation import init_weights
-from stackwise.model.layers import MLGKALayer
+from stackwise.model.layers import MLGKALayer, never_trained
 
 PAD, UNKNOWN = 0, 1
 ATTENTIONS = ("mlgka", "gpt_style", "bert_style")
@@ -153,8 +153,7 @@ def train(
     order = np.random.default_rng(seed)
     model = build(recipe, attention, int(labels[0].max()) + 1, seed)
     count = sum(p.numel() for p in model.parameters())
-    frozen = {p for block in model.blocks for name, p in block.named_parameters() if "up_proj" in name}
-    for parameter in frozen:
+    for parameter in never_trained(model):
         parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     words = model.embedding.weight  # a row gets few gradients, so each of its steps is larger
@@ -204,8 +203,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     recipe = RECIPES[options.model]
-    changes = {key: getattr(options, key) for key in ("epochs", "lr", "embedding_lr") if getattr(options, key) is not None}
-    recipe = Recipe(**{**recipe.__dict__, **changes})
+    given = {key: getattr(options, key) for key in ("epochs", "lr", "embedding_lr")}
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     texts, labels = read(options.train)
     if options.validation is None:
         held = set(np.random.default_rng(0).permutation(len(texts))[: len(texts) // 10].tolist())

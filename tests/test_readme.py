@@ -18,11 +18,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+def test_the_python_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    training, attention = blocks("python")
+    exec(compile(training, "README.md", "exec"), {"__name__": "readme"})
     loss, rack = capsys.readouterr().out.split(" ", 1)
     assert 0 < float(loss) < 6 and "Stack" in rack
+    exec(compile(attention, "README.md", "exec"), {"__name__": "readme"})
+    shape, layer = capsys.readouterr().out.split("\n", 1)
+    assert shape == "torch.Size([2, 100, 512])" and "kv_a_norm" in layer
 
 
 def test_the_commands_for_ones_own_text_run_as_printed(
@@ -40,6 +43,35 @@ def test_the_commands_for_ones_own_text_run_as_printed(
         assert main([*command[1:], *smaller]) == 0
     out = capsys.readouterr().out
     assert "bits_per_byte" in out and "It was" in out
+
+
+def test_the_commands_from_and_to_hugging_face_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    (block,) = [b for b in blocks("") if "stackwise import" in b]
+    commands = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+    assert [c[1] for c in commands] == ["import", "generate", "train", "export"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
+    text = "It was a dark and stormy night; the rain fell in torrents.\n" * 60
+    Path("mybook.txt").write_text(text)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 4, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained("llama-folder")
+    tokenizer.save("llama-folder/tokenizer.json")
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    for command in commands:
+        smaller = ["training.max_steps=2", "training.seq_len=9", "training.device=cpu"]
+        assert main([*command[1:], *(smaller if command[1] == "train" else [])]) == 0
+    assert AutoModelForCausalLM.from_pretrained("expanded-folder").config.num_hidden_layers == 8
 
 
 def test_the_make_targets_it_names_exist() -> None:

@@ -76,3 +76,19 @@ def test_bf16_autocast_keeps_the_softmax_in_fp32(problem):
     loss.backward()
     assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32
     torch.testing.assert_close(loss, plain(hidden, weight, targets, 1.0 / 20), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_a_bias_on_the_logits_counts_in_loss_gradients_and_terms(problem, chunk):
+    hidden, weight, targets = problem
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(6), requires_grad=True)
+    inputs = (hidden, weight, bias)
+    logits = hidden @ weight.T + bias
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * 0.37
+    actual = linear_cross_entropy(hidden, weight, targets, 0.37, chunk, bias=bias)
+    torch.testing.assert_close(actual, expected)
+    grads = (torch.autograd.grad(loss, inputs) for loss in (actual, expected))
+    for a, e in zip(*grads):
+        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)
+    terms = linear_cross_entropy_terms(hidden, weight, targets, chunk, bias=bias)
+    torch.testing.assert_close(terms, F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))

@@ -2,7 +2,7 @@ import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from stackwise.ops.rope import apply_rope, rope_table
+from stackwise.ops.rope import apply_rope, rope_rows, rope_table
 
 B, H, T, D = 2, 3, 11, 10
 
@@ -33,3 +33,17 @@ def test_a_table_that_starts_later_is_the_tail_of_the_whole_one():
     whole, tail = rope_table(T, D, 10000.0, torch.device("cpu")), rope_table(4, D, 10000.0, torch.device("cpu"), 7)
     for a, b in zip(whole, tail):
         torch.testing.assert_close(a[7:], b, atol=0, rtol=0)
+
+
+def test_rows_of_a_table_are_those_of_each_token_s_position():
+    table = rope_table(13, 6, 500.0, torch.device("cpu"))
+    positions = torch.tensor([[0, 0, 1, 2], [4, 9, 12, 3]])
+    cos, sin = rope_rows(table, positions)
+    assert cos.shape == sin.shape == (2, 1, 4, 6)
+    x = torch.randn(2, 3, 4, 6)
+    rotated = apply_rope(x, cos, sin)
+    for b in range(2):
+        for t in range(4):
+            p = int(positions[b, t])
+            alone = apply_rope(x[b : b + 1, :, t : t + 1], table[0][p : p + 1], table[1][p : p + 1])
+            assert torch.equal(rotated[b, :, t], alone[0, :, 0])

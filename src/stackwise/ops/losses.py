@@ -32,25 +32,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, rows: int) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, rows: int
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         matrix = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = (part @ matrix.T).float()  # softmax in fp32: bf16 has 8 bits of mantissa
+            logits = _logits(part, matrix, bias)
             valid = target != IGNORE
             index = target.clamp(min=0)[:, None]
             log_z = logits.logsumexp(-1)
             total += ((log_z - logits.gather(-1, index).squeeze(-1)) * valid).sum()
-            if not (need_hidden or need_weight):
+            if not any(ctx.needs_input_grad):
                 continue
             # d loss / d logits = (softmax − onehot) · scale at the positions that count
             grad = logits.sub_(log_z[:, None]).exp_()
             grad.scatter_add_(-1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-            grad = grad.mul_((valid * scale)[:, None]).to(hidden.dtype)
+            grad = grad.mul_((valid * scale)[:, None])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, matrix, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -58,21 +64,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += grad.T @ part
-        saved = [
-            g for g in (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)) if g is not None
-        ]
-        ctx.needs = (need_hidden, need_weight)
-        ctx.save_for_backward(*saved)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        need_hidden, need_weight = ctx.needs
-        grad_hidden = saved.pop(0) * grad_output if need_hidden else None
-        grad_weight = saved.pop(0) * grad_output if need_weight else None
-        return grad_hidden, grad_weight, None, None, None
+        grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden matrixᵀ + bias in fp32, for the softmax: bf16 has 8 bits of mantissa."""
+    return F.linear(hidden, matrix, None if bias is None else bias.to(hidden.dtype)).float()
 
 
 def linear_cross_entropy(
@@ -84,39 +92,37 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """scale · Σ cross-entropy(hidden weightᵀ, targets) over the positions whose target is not ``IGNORE``.
+    """scale · Σ cross-entropy(hidden weightᵀ + bias, targets) over the positions whose target is not ``IGNORE``.
 
     Args:
         hidden: (N, C); weight: (V, C); targets: (N,) int64.
         scale: 1 / (positions that count in the whole accumulated batch) gives the mean.
         chunk: positions whose logits exist at a time; default: as many as ``CHUNK_ELEMENTS`` allows.
+        bias: (V,), added to the logits; default none.
 
-    Returns: scalar fp32. Differentiable once, with respect to ``hidden`` and ``weight``. Under autocast the products
-    run in the autocast dtype, the softmax in fp32.
+    Returns: scalar fp32. Differentiable once, with respect to ``hidden``, ``weight`` and ``bias``. Under autocast the
+    products run in the autocast dtype, the softmax in fp32.
     """
-    if bias is not None:
-        hidden, weight = torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1), torch.cat((weight, bias[:, None]), 1)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
     with torch.autocast(device, enabled=False):
         if rows >= hidden.shape[0]:  # one chunk: the plain loss, whose few kernels are quicker on small logits
-            logits = (hidden @ weight.to(hidden.dtype).T).float()
+            logits = _logits(hidden, weight.to(hidden.dtype), bias)
             return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * scale
-        return _LinearCrossEntropy.apply(hidden, weight, targets, scale, rows)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, rows)
 
 
 def linear_cross_entropy_terms(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
     """The cross-entropy of each position (N,), fp32, 0 where the target is ``IGNORE``. No gradient; for evaluation."""
-    if bias is not None:
-        hidden, weight = torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1), torch.cat((weight, bias[:, None]), 1)
     rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
     with torch.no_grad():
+        matrix = weight.to(hidden.dtype)
         parts = [
-            F.cross_entropy((h @ weight.T.to(h.dtype)).float(), t, ignore_index=IGNORE, reduction="none")
+            F.cross_entropy(_logits(h, matrix, bias), t, ignore_index=IGNORE, reduction="none")
             for h, t in zip(hidden.split(rows), targets.split(rows))
         ]
     return torch.cat(parts)
