@@ -11,12 +11,13 @@ width 512 with learned positions, 26.7 M parameters). Words, or word pieces, are
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.initialisation import init_weights
 from stackwise.model.layers import MLGKALayer, never_trained
+from stackwise.model.spec import AttentionMode
 
 PAD, UNKNOWN = 0, 1
 ATTENTIONS = ("mlgka", "gpt_style", "bert_style")
@@ -58,26 +60,31 @@ RECIPES = {
 }
 
 
-def read(path: Path) -> tuple[list[str], list[int]]:
-    """Texts and labels. SystemExit with one line where the file is not as it must be."""
+def read(path: Path, n_classes: int = 1000) -> tuple[list[str], list[int]]:
+    """Texts and labels 0 … ``n_classes`` − 1. SystemExit with one line where the file is not as it must be."""
+    texts, labels, objects = [], [], path.suffix == ".jsonl"
+    form = "{text, label}" if objects else "sentence<TAB>label, after a line with these names,"
+    number, line = 0 if objects else 1, ""
     try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            pairs = [(row["text"], int(row["label"])) for row in rows]
-        else:
-            with open(path, encoding="utf-8", newline="") as file:
-                lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-            pairs = [(line[0], int(line[1])) for line in lines if line]
+        with open(path, encoding="utf-8") as file:
+            if not objects and (line := next(file, "")).rstrip("\n").split("\t")[1:] != ["label"]:
+                raise ValueError
+            for line in file:
+                number += 1
+                if line.strip():
+                    text, label = itemgetter("text", "label")(json.loads(line)) if objects else line.split("\t")
+                    texts.append(text)
+                    labels.append(range(n_classes).index(int(label)))
     except OSError as error:
         wrong(f"{path}: {error.strerror}")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        wrong(f"{path}: not a .tsv of sentence<TAB>label or a .jsonl of text and label ({error})")
-    if not pairs:
+    except (ValueError, KeyError, TypeError):
+        wrong(f"{path}, line {number}: {line[:40]!r} is not {form} with a label from 0 to {n_classes - 1}")
+    if not texts:
         wrong(f"{path}: it has no rows")
-    return [text for text, _ in pairs], [label for _, label in pairs]
+    return texts, labels
 
 
-def wrong(message: str) -> None:
+def wrong(message: str) -> NoReturn:
     print(f"mlgka_text_classification: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -106,7 +113,7 @@ def build(recipe: Recipe, attention: str, n_classes: int, seed: int) -> Sequence
                 r.d_model, r.d_ff, r.n_heads, r.n_kv_heads, dropout=r.dropout, seed=layer_seed, n_blocks=r.n_layers
             )
         else:
-            mode = "causal" if attention == "gpt_style" else "bidirectional"
+            mode: AttentionMode = "causal" if attention == "gpt_style" else "bidirectional"
             spec = BlockSpec(
                 r.d_model, r.d_ff, r.n_heads, r.n_heads, mode, r.dropout, True, norm="layernorm", norm_bias=True
             )
@@ -202,6 +209,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.epochs is not None and options.epochs < 1:
+        wrong(f"--epochs is {options.epochs}; it must be at least 1")
     recipe = RECIPES[options.model]
     given = {key: getattr(options, key) for key in ("epochs", "lr", "embedding_lr")}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
@@ -211,7 +220,7 @@ def main() -> None:
         parts = [[i for i in range(len(texts)) if (i in held) == side] for side in (False, True)]
         sets = [([texts[i] for i in part], [labels[i] for i in part]) for part in parts]
     else:
-        sets = [(texts, labels), read(options.validation)]
+        sets = [(texts, labels), read(options.validation, max(labels) + 1)]
     tokenizer = learn_tokens(sets[0][0], recipe.vocab_size)
     limit = recipe.max_positions or 512
     data = tuple([row.ids[:limit] or [UNKNOWN] for row in tokenizer.encode_batch(part)] for part, _ in sets)

@@ -39,10 +39,15 @@ class LayerCache:
         """Stores tensors (B, G, T, D) after what is there; G and D may differ between them.
 
         Returns, for each, all tokens that the given ones may see: (B, G, S, D). The first call, with the prompt,
-        returns the prompt whole; later ones, with one token each, what is held.
+        returns the prompt whole; later ones, with one token each, what is held, in order.
+
+        Raises:
+            ValueError: more than ``max_tokens``; several tokens at once after the first call, where there is a window.
         """
         T = tensors[0].shape[2]
         end = self.length + T
+        if self.window is not None and self.length and T > 1:
+            raise ValueError(f"a cache with a window takes one token at a time after the prompt, not {T}")
         if end > self.max_tokens:
             raise ValueError(f"the cache holds {self.max_tokens} tokens; {end} do not fit")
         capacity = self.max_tokens if self.window is None else min(self.window, self.max_tokens)

@@ -1,6 +1,7 @@
-"""Attention through ``scaled_dot_product_attention``, with padding, and no T×T tensor.
+"""Attention through ``scaled_dot_product_attention``, with padding and windows, and no T×T tensor.
 
-B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys, D head size.
+B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys, D size of a query or key head, E size
+of a value head.
 """
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 PADDED = 1e4
 """How far below the others the scores of padded keys lie: exp(−1e4) is exactly 0 in every float format."""
 
-
 MIN_CHUNK = 64
 """Queries that local attention takes at a time at least: thinner matrix products waste the processor."""
+
+CUDA_WIDTH = 8
+"""Kernels for cuda want head sizes in multiples of this; those for CPUs take any."""
 
 
 def attend(
@@ -30,58 +33,75 @@ def attend(
 
     Args:
         q: (B, H, T, D); k: (B, G, S, D); v: (B, G, S, E).
-        causal: query t sees keys s ≤ t (needs T = S, or T = 1: the last token, which sees all keys).
+        causal: query t sees keys s ≤ t. Needs T = S, or T = 1: the last token, which sees all keys.
         key_mask: (B, S) boolean, True where a key is real. Combined with ``causal``, never instead of it.
-        window: causal: query t sees t − window < s ≤ t; else |s − t| ≤ window // 2 (needs T = S); default all.
-        dropout: probability of dropping an attention weight.
+        window: local attention, in memory that grows with T · window. Causal: query t sees t − window < s ≤ t; else
+            |s − t| ≤ window // 2. Needs T = S. Default all.
+        dropout: probability of dropping an attention weight. torch's fused kernel for CPUs has none: there, the T×S
+            weights are written out while it is above 0.
         scale: default 1 / √D.
 
     Returns: (B, H, T, E). A query that sees padded keys only gets a finite, meaningless row.
 
-    The mask travels in one more column of q and k, (q, 1)·(k, −PADDED) = q·k − PADDED at padded keys, so that the
-    memory-efficient kernels, which take no mask beside causality, still serve.
+    Raises:
+        ValueError: T ≠ S where they must be equal; a window below 1.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     T, S = q.shape[-2], k.shape[-2]
-    causal = causal and T > 1
-    if window is not None and (window < S if causal else window // 2 < S - 1):
+    if T == 1:  # a branch, and not ``causal and T > 1``, which is no bool while sizes are traced as symbols
+        causal = False
+    if T != S and (causal or window is not None):
+        raise ValueError(f"causal and local attention need as many queries as keys; there are {T} and {S}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and (window - 1 if causal else window // 2) < S - 1:
         return _attend_locally(q, k, v, causal, key_mask, window, dropout, scale)
-    return _fused(q, k, v, causal=causal, key_mask=key_mask, band=None, dropout=dropout, scale=scale)
+    mask = None
+    if key_mask is not None and causal:
+        q, k = _with_mask_column(q, k, key_mask, scale)
+    elif key_mask is not None:
+        mask = _scores(key_mask, q.dtype)[:, None, None]
+    return _fused(q, k, v, causal, mask, dropout, scale)
 
 
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    key_mask: Tensor | None,
-    band: Tensor | None,
-    dropout: float,
-    scale: float,
-) -> Tensor:
-    """One call of the kernel. ``band``: boolean (T, S), True where a query sees a key; not beside ``causal``."""
-    n_out = v.shape[-1]
-    if key_mask is not None:
-        width = 8  # kernels want head sizes in multiples of 8
-        bias = torch.where(key_mask, 0.0, -PADDED / scale / 64).to(k.dtype)
-        k_pad = k.new_zeros(*k.shape[:-1], width)
-        k_pad[..., 0] = bias[:, None, :]
-        q_pad = q.new_zeros(*q.shape[:-1], width)
-        q_pad[..., 0] = 64
-        q, k = torch.cat((q, q_pad), -1), torch.cat((k, k_pad), -1)
-    if q.shape[-1] != n_out:  # the kernels take one width for all three; else SDPA writes out the T×S scores
-        width = -(-max(q.shape[-1], n_out) // 8) * 8
-        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+def _scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where ``seen``, else −PADDED. Finite, so that a row that sees nothing stays finite."""
+    return torch.where(seen, 0.0, -PADDED).to(dtype)
+
+
+def _with_mask_column(q: Tensor, k: Tensor, key_mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q and k, one column wider, whose products are q·k, less PADDED / scale at padded keys.
+
+    The fused kernels take no mask beside causality; so it travels in that column, (q, 1)·(k, −PADDED).
+    """
+    share = 64.0  # of PADDED in q, so that neither factor leaves the range of fp16
+    bias = torch.where(key_mask, 0.0, -PADDED / scale / share).to(k.dtype)
+    width = CUDA_WIDTH if q.device.type == "cuda" else 1
+    q_columns, k_columns = q.new_zeros(*q.shape[:-1], width), k.new_zeros(*k.shape[:-1], width)
+    q_columns[..., 0] = share
+    k_columns[..., 0] = bias[:, None]
+    return torch.cat((q, q_columns), -1), torch.cat((k, k_columns), -1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """One call of the kernel, in a form that a memory-efficient one serves; else SDPA would write out the scores.
+
+    ``mask`` is added to the scores; any shape that broadcasts to (B, H, T, S); not beside ``causal``.
+    """
+    n_out, on_cuda = v.shape[-1], q.device.type == "cuda"
+    width = max(q.shape[-1], n_out)  # the kernels take one for all three
+    if on_cuda:
+        width = -(-width // CUDA_WIDTH) * CUDA_WIDTH
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    grouped = False
+    if q.shape[1] != k.shape[1]:
+        # On cuda the flash kernel alone knows groups, and it takes no mask, no fp32 and no head above 256.
+        if on_cuda and (mask is not None or q.dtype.itemsize > 2 or width > 256):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        else:
+            grouped = True
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=band,
-        is_causal=causal,
-        scale=scale,
-        dropout_p=dropout,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
     )
     return out[..., :n_out]
 
@@ -89,29 +109,33 @@ def _fused(
 def _attend_locally(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, window: int, dropout: float, scale: float
 ) -> Tensor:
-    """As ``attend`` with a window, in memory that grows with T · window.
+    """As ``attend`` with a window.
 
-    Queries are cut into chunks; each sees its own tokens and as many beside them as the window reaches, through one
-    band mask for all chunks. Chunks are folded into the batch; keys before the first token and after the last are
-    padding.
+    Queries are cut into n chunks; each sees its own span of keys: the chunk's and as many beside it as the window
+    reaches. Chunks are folded into the batch. Keys before the first token and after the last are masked like padding.
     """
     B, T = q.shape[0], q.shape[2]
     left = window - 1 if causal else window // 2
     right = 0 if causal else window // 2
-    chunk = min(T, max(MIN_CHUNK, window))
+    chunk = min(T, max(MIN_CHUNK, window // 2))
     n = -(-T // chunk)
     span = left + chunk + right
-    mask = torch.ones(B, T, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
-    mask = F.pad(mask, (left, n * chunk - T + right)).unfold(1, span, chunk).reshape(B * n, span)
+    after = n * chunk - T
 
     def spans(x: Tensor) -> Tensor:  # (B, G, T, ·) → (B · n, G, span, ·)
-        x = F.pad(x, (0, 0, left, n * chunk - T + right)).unfold(2, span, chunk)  # (B, G, n, ·, span)
-        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+        x = F.pad(x, (0, 0, left, after + right + chunk))
+        # Slices side by side, and not ``unfold``, whose backward pass is slow.
+        parts = [
+            x[:, :, start : start + n * chunk].unflatten(2, (n, chunk)).transpose(1, 2)[..., : span - start, :]
+            for start in range(0, span, chunk)
+        ]
+        return torch.cat(parts, dim=3).flatten(0, 1)
 
-    chunks = F.pad(q, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)).transpose(1, 2).flatten(0, 1)
     ahead = torch.arange(span, device=q.device) - left - torch.arange(chunk, device=q.device)[:, None]
     band = (ahead >= -left) & (ahead <= right)  # key position − query position
-    out = _fused(
-        chunks, spans(k), spans(v), causal=False, key_mask=mask, band=band, dropout=dropout, scale=scale
-    )  # (B · n, H, chunk, E)
-    return out.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    real = torch.ones(1, T, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+    real = F.pad(real, (left, after + right)).unfold(1, span, chunk)  # (B or 1, n, span)
+    mask = _scores(band & real[:, :, None], q.dtype).expand(B, -1, -1, -1).flatten(0, 1)  # (B · n, chunk, span)
+    chunks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, chunk)).transpose(1, 2).flatten(0, 1)
+    out = _fused(chunks, spans(k), spans(v), False, mask[:, None], dropout, scale)  # (B · n, H, chunk, E)
+    return out.transpose(1, 2).unflatten(0, (B, n)).flatten(1, 2)[:, :T].transpose(1, 2)
