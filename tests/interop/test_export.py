@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from stackwise.cli.main import main
-from stackwise.data.tokenizers import ByteTokenizer, CharacterTokenizer, train_bpe
+from stackwise.data.tokenizers import ByteTokenizer, CharacterTokenizer, LibraryTokenizer, train_bpe
 from stackwise.generation.autoregressive import generate, pad_prompts
 from stackwise.interop.export import export_rack
 from stackwise.interop.remote_code import remote_sources
@@ -38,6 +39,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     assert not model.training
+    assert model.accepts_loss_kwargs is False  # Trainer divides the loss by the batches that it accumulates
     out = model(ids, attention_mask=mask.long(), labels=torch.where(mask, ids, -100))
     results[folder.name + "/logits"], results[folder.name + "/loss"] = out.logits.detach(), out.loss.detach()
     model.save_pretrained(folder / "again")
@@ -117,6 +119,13 @@ def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(
         torch.testing.assert_close(results[f"{key}/loss"], loss, atol=1e-5, rtol=1e-5)
 
 
+def test_the_model_s_file_imports_every_other_itself():
+    # Versions of transformers before 5 copy no others out of the folder.
+    sources = remote_sources()
+    for name in set(sources) - {"modeling_stackwise.py"}:
+        assert f"from .{name.removesuffix('.py')} import" in sources["modeling_stackwise.py"]
+
+
 def test_remote_code_is_this_package_s_own_source():
     sources = remote_sources()
     assert {"modeling_stackwise.py", "configuration_stackwise.py", "stackwise_ops_rope.py"} <= set(sources)
@@ -141,9 +150,55 @@ def test_a_tokenizer_gives_the_same_ids_in_transformers(kind, tmp_path):
         ids = theirs(text)["input_ids"]
         assert ids == tokenizer.encode(text).tolist()
         assert theirs.decode(ids) == text == tokenizer.decode(np.array(ids, dtype=np.int64))
-    roles = (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id)
-    assert roles == (tokenizer.end_id, tokenizer.pad_id, tokenizer.mask_id)
+    roles = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id)
+    assert roles == (tokenizer.end_id, tokenizer.end_id, tokenizer.pad_id, tokenizer.mask_id)
     assert len(theirs) == tokenizer.vocab_size
+
+
+AROUND = {
+    "gpt2": (None, {"bos_token_id": 0, "eos_token_id": 0}),
+    "llama": ("[CLS] $A", {"bos_token_id": 3, "eos_token_id": 0}),
+    "bert": ("[CLS] $A [SEP]", {"bos_token_id": 3, "eos_token_id": 0, "cls_token_id": 3, "sep_token_id": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_a_pretrained_tokenizer_puts_around_a_text_is_kept_and_named(kind, tmp_path):
+    template, expected = AROUND[kind]
+    library = train_bpe(iter([TEXT] * 3), 300).library()
+    library.add_special_tokens(["[CLS]", "[SEP]"])
+    ids = {name: library.token_to_id(name) for name in ("[CLS]", "[SEP]")}
+    expected = {key: [0, 1, 2, *ids.values()][value] for key, value in expected.items()}
+    if template is not None:
+        library.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    tokenizer = LibraryTokenizer(library, "pretrained", end="<|endoftext|>", pad="<|pad|>", mask=None)
+    rack = rack_of("gpt_style")
+    rack = create_rack_from_specs(tokenizer.vocab_size, rack.d_model, [])
+    export_rack(rack, tokenizer, tmp_path / "out", 32)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in expected.items():
+        assert getattr(theirs, key) == value and config[key] == value, key
+    assert theirs(TEXT)["input_ids"] == library.encode(TEXT).ids
+    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXT).tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt_style", "qk_norm", "mla_attention", "kernel_attention"])
+def test_a_tokenizer_beside_any_model_is_read_as_it_was_written(name, tmp_path):
+    tokenizer = CharacterTokenizer("abcdefghijklmnop qrstuvwxyz_")
+    rack = rack_of(name)
+    assert tokenizer.vocab_size <= rack.vocab_size
+    export_rack(rack, tokenizer, tmp_path / "out", 32)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=name == "kernel_attention")
+    assert theirs("a rack of stacks")["input_ids"] == tokenizer.encode("a rack of stacks").tolist()
+    assert theirs.model_max_length == 32
+
+
+def test_the_longest_sequence_can_be_declared(run, tmp_path):
+    for option, expected in ([], 12), (["--max-tokens", "40"], 40):
+        folder = tmp_path / str(expected)
+        assert main(["export", str(run), str(folder), *option]) == 0
+        assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == expected
 
 
 @pytest.fixture(scope="module")

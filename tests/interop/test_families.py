@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -56,6 +57,14 @@ THEIRS = {
     "modernbert, biases": lambda: ModernBertForMaskedLM(
         ModernBertConfig(**SHARED, local_attention=6, cls_token_id=0, sep_token_id=0, attention_bias=True,
                          mlp_bias=True, classifier_bias=True, norm_bias=True, max_position_embeddings=64)
+    ),
+    "gpt2, untied": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_positions=32, n_embd=C, n_layer=L, n_head=2, bos_token_id=0, eos_token_id=0,
+                   tie_word_embeddings=False)
+    ),
+    "modernbert, untied, odd window": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**SHARED, local_attention=7, cls_token_id=0, sep_token_id=0, tie_word_embeddings=False,
+                         max_position_embeddings=64)
     ),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(**SHARED, **LATENT, q_lora_rank=9, first_k_dense_replace=L, num_mtp_layers=0)
@@ -167,6 +176,11 @@ def test_an_imported_model_is_the_same_function_and_goes_back_as_the_same_class(
             out = back.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
             expected.append(out[0, len(prompt) :].tolist())
         assert greedy(rack, prompts) == expected
+        ids, mask = pad_prompts(prompts, 0)
+        out = back.generate(
+            ids, attention_mask=mask.long(), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert out[:, ids.shape[1] :].tolist() == expected
 
 
 def test_a_run_made_of_a_folder_loads_generates_and_is_exported_with_its_tokenizer(tmp_path):
@@ -242,7 +256,7 @@ REFUSED = [
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
      "config.json: rope_parameters.rope_type: 'llama3' cannot be expressed as a Rack; allowed: default"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-     "config.json: rope_scaling.rope_type: 'linear' cannot be expressed as a Rack; allowed: default"),
+     "config.json: rope_scaling.type: 'linear' cannot be expressed as a Rack; allowed: default"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: 'awq' weights cannot be imported; use "
      "full ones"),
     ({"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight has no place in a Rack (9 such tensors); "
@@ -277,6 +291,88 @@ def test_what_cannot_be_imported_is_refused_in_one_line_and_nothing_is_written(l
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
+ODD = [None, True, -2, 0.5, "x", [1], {"a": 1}, 10**9]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "modernbert", "deepseek_v3"])
+def test_no_value_in_a_config_breaks_the_import(name, tmp_path):
+    # What transformers makes of a value that is let through is the subject of the tests of equality.
+    random_model(name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    unread = ("_token_id", "dropout", "pdrop", "_range", "_version", "dtype", "use_cache", "architectures")
+    read = [key for key in config if not key.endswith(unread) and not key.startswith("summary_")]
+    for key in [*read, "rope_theta", "rope_scaling", "layer_types", "quantization_config", "head_dim"]:
+        refused = 0
+        for value in ODD:
+            file.write_text(json.dumps({**config, key: value}))
+            try:
+                rack_from_folder(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+        if key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "n_embd", "n_layer", "n_head"):
+            assert refused == len(ODD), key
+
+
+OVERRIDES = [
+    ("deepseek_v3", {"head_dim": 4}, "head_dim: 4 cannot be expressed as a Rack; allowed: 6, None"),
+    ("modernbert", {"sliding_window": 2}, "sliding_window: 2 cannot be expressed as a Rack; allowed: 3, None"),
+    ("modernbert", {"rope_scaling": {"type": "linear", "factor": 2.0}},
+     "rope_scaling.type: 'linear' cannot be expressed as a Rack; allowed: default"),
+    ("modernbert", {"layer_types": ["full_attention"]},
+     "layer_types: ['full_attention'] must name one of full_attention, sliding_attention for each layer"),
+    ("gpt2", {"num_hidden_layers": 2}, "num_hidden_layers: 2 cannot be expressed as a Rack; allowed: 3, None"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True},
+     "scale_attn_by_inverse_layer_idx: True cannot be expressed as a Rack; allowed: false"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window: True cannot be expressed as a Rack; allowed: false"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 cannot be expressed as a Rack; "
+     "allowed: 1, None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, changes, message", OVERRIDES)
+def test_a_setting_that_transformers_would_read_otherwise_is_refused(name, changes, message, tmp_path):
+    random_model(name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(UserError) as error:
+        rack_from_folder(tmp_path)
+    assert str(error.value) == f"config.json: {message}"
+
+
+def test_a_checkpoint_without_its_prefix_and_with_masks_is_read(tmp_path):
+    # As GPT-2 was published.
+    model = random_model("gpt2")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_equal(rack_from_folder(tmp_path), model, "right")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_read_as_they_are(dtype, tmp_path):
+    random_model("llama").to(dtype).save_pretrained(tmp_path)
+    rack = rack_from_folder(tmp_path)
+    assert {p.dtype for p in rack.parameters()} == {torch.float32}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(rack(IDS), model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_refused(llama, tmp_path):
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} holds torch.int8 and no floating-point numbers"):
+        rack_from_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        rack_from_folder(tmp_path)
+
+
 def test_experts_and_pickles_are_refused(llama, tmp_path):
     model = DeepseekV3Config(**SHARED, **LATENT, q_lora_rank=9, first_k_dense_replace=1)
     model.save_pretrained(tmp_path)
@@ -305,3 +401,28 @@ def test_a_spec_goes_through_json(llama):
     spec = rack_from_folder(llama, 2).spec
     assert RackSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert create_rack_from_spec(spec).spec == spec
+
+
+def test_a_tied_checkpoint_may_hold_its_matrix_twice_but_no_other_one(tmp_path):
+    model = random_model("llama, tied, wide heads")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": table.clone()}, file)
+    assert_equal(rack_from_folder(tmp_path), model, None)
+    save_file({**tensors, "lm_head.weight": table + 1}, file)
+    with pytest.raises(UserError, match=r"config.json ties the embeddings, but lm_head.weight is another matrix"):
+        rack_from_folder(tmp_path)
+
+
+def test_a_model_of_local_layers_alone_is_no_modernbert(tmp_path):
+    # Versions of transformers before 5 would let its first layer see all tokens.
+    model = ModernBertForMaskedLM(
+        ModernBertConfig(**SHARED, local_attention=6, layer_types=["sliding_attention"] * L, cls_token_id=0,
+                         sep_token_id=0, max_position_embeddings=64)
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+    rack = rack_from_folder(tmp_path)
+    assert_equal(rack, model, "right")
+    assert choose_family(rack.spec, 64) is None

@@ -15,13 +15,17 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must be new or empty")],
     step: Annotated[int | None, typer.Option("--step", min=0, help="Checkpoint to load (default: the newest)")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Longest sequence to declare (default: training.seq_len)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write RUN as a folder that transformers loads: model, tokenizer and, where needed, the model's source."""
     from stackwise.cli.results import print_json
     from stackwise.interop.export import export_run
 
-    result = export_run(run, folder, step)
+    result = export_run(run, folder, step, max_tokens)
     if as_json:
         print_json(result)
         return

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import RunError, UserError
 from stackwise.interop.families import Entry, choose_family
 from stackwise.interop.remote_code import remote_sources
-from stackwise.interop.tokenizer_files import write_tokenizer
+from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack
 from stackwise.training.run import load
 
@@ -25,21 +26,29 @@ SHARD_BYTES = 5 * 10**9
 """Weights in one file at most, as transformers writes them."""
 
 
-def export_run(run: str | Path, out: str | Path, step: int | None = None) -> dict[str, Any]:
+def export_run(
+    run: str | Path, out: str | Path, step: int | None = None, max_tokens: int | None = None
+) -> dict[str, Any]:
     """Writes a trained run as a folder that ``transformers`` loads, whole or not at all.
+
+    Args:
+        max_tokens: the longest sequence that the folder declares; default ``training.seq_len``.
 
     Returns: {"architecture", "remote_code", "auto_class", "parameters"}.
 
     Raises:
-        UserError: ``out`` exists and is not empty.
+        UserError: ``out`` exists and is not empty, or ``max_tokens`` is not the number of learned positions.
     """
     out = _new_folder(out)
     loaded = load(run, step)
-    return export_rack(loaded.rack, loaded.tokenizer, out, loaded.config.training.seq_len)
+    rows = loaded.rack.spec.learned_positions
+    if max_tokens is not None and rows is not None and max_tokens != rows:
+        raise UserError(f"--max-tokens: {max_tokens}, but the model has learned {rows} positions; leave it out")
+    return export_rack(loaded.rack, loaded.tokenizer, out, max_tokens or loaded.config.training.seq_len)
 
 
 def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int) -> dict[str, Any]:
-    """As ``export_run``, for a Rack at hand. ``max_tokens``: the longest sequence it was trained on."""
+    """As ``export_run``, for a Rack at hand."""
     out = _new_folder(out)
     # Adapted embeddings are one table to whoever reads the model.
     spec = replace(rack.spec, embedding_dim=None, adapter_hidden_dim=None, freeze_embeddings=False)
@@ -73,7 +82,10 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
             "rack": spec.to_dict(),
         }
         entries = [Entry(f"rack.{name}", (name,)) for name in own]
-    ids = _token_ids(tokenizer)
+    ids = special_ids(tokenizer)
+    ids.pop("mask_token_id", None)  # the model never asks for it
+    if not causal:
+        ids = {"cls_token_id": ids["bos_token_id"], "sep_token_id": ids["eos_token_id"], **ids}
     settings |= {"dtype": "float32", "torch_dtype": "float32", **ids}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,8 +107,8 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
         if out.exists():
             out.rmdir()  # empty
         os.rename(temporary, out)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {
@@ -116,14 +128,6 @@ def _new_folder(out: str | Path) -> Path:
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Documents begin after the end token, so it is the first token of a text as well."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    end = tokenizer.end_id
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_id}
 
 
 def _shards(entries: list[Entry], own: dict[str, Tensor]) -> Iterator[list[Entry]]:
@@ -172,13 +176,13 @@ library_name: transformers
 
 # A model trained with StackWise
 
-{parameters:,} parameters in {len(rack.stacks)} Stacks with {len(rack.blocks())} Blocks; trained on sequences of
+{parameters:,} parameters in {len(rack.stacks)} Stacks with {len(rack.blocks())} Blocks, for sequences of up to
 {max_tokens} tokens. It is {about}.
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("."{remote})
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{remote})
 ```
 """

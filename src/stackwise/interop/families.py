@@ -6,6 +6,7 @@ family's settings, so that nothing is exported as a class that is nearly equal.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from stackwise.model.architecture import rack_spec_from_config
 from stackwise.model.spec import BlockSpec, RackSpec
 
 Settings = dict[str, Any]
+
+MAX_BLOCKS = 10_000
+"""More layers than any model has; a config that asks for more is damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,17 @@ class Entry:
             whole = _reorder(whole, *self.rotary, to_pairs=True)
         return (whole.mT if self.transposed else whole).contiguous()
 
+    def shape(self, shapes: Mapping[str, torch.Size]) -> tuple[int, ...]:
+        """Of their tensor, from those of ours."""
+        whole = (sum(shapes[name][0] for name in self.ours), *shapes[self.ours[0]][1:])
+        return whole[::-1] if self.transposed else whole
+
     def split(self, tensor: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Our tensors, from theirs. UserError when the shapes differ."""
-        whole = tensor.mT if self.transposed and tensor.dim() == 2 else tensor
-        rows = [shapes[name][0] for name in self.ours]
-        expected = (sum(rows), *shapes[self.ours[0]][1:])
-        if tuple(whole.shape) != expected:
-            raise UserError(f"{self.theirs} has the shape {tuple(tensor.shape)}; config.json says {expected}")
+        """Our tensors, from theirs, which has the shape that ``shape`` says."""
+        whole = tensor.mT if self.transposed else tensor
         if self.rotary is not None:
             whole = _reorder(whole, *self.rotary, to_pairs=False)
-        return dict(zip(self.ours, whole.split(rows)))
+        return dict(zip(self.ours, whole.split([shapes[name][0] for name in self.ours])))
 
 
 def _reorder(weight: Tensor, rows: int, rotary: int, *, to_pairs: bool) -> Tensor:
@@ -79,6 +84,11 @@ class Family(ABC):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     objective: ClassVar[str] = "clm"
+    prefix: ClassVar[str] = "model."
+    """Of the names of all tensors but the head's; checkpoints of the model without its head leave it out."""
+    n_blocks_key: ClassVar[str] = "num_hidden_layers"
+    max_tokens_key: ClassVar[tuple[str, int]] = ("max_position_embeddings", 2048)
+    """Where the longest sequence stands, and what it is where nothing stands there."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of stored tensors that hold no weights."""
 
@@ -95,10 +105,13 @@ class Family(ABC):
         """All tensors."""
 
     def n_blocks(self, settings: Settings) -> int:
-        return _whole(settings, "num_hidden_layers")
+        n = _whole(settings, self.n_blocks_key)
+        if n > MAX_BLOCKS:
+            raise UserError(f"config.json: {self.n_blocks_key}: {n} is out of range; allowed: at most {MAX_BLOCKS}")
+        return n
 
     def max_tokens(self, settings: Settings) -> int:
-        return settings.get("max_position_embeddings", 2048)
+        return _whole(settings, *self.max_tokens_key)
 
     def config(self, settings: Settings, n_stacks: int, extra: dict[str, Any] | None = None) -> StackWiseConfig:
         """Our config of the model in ``n_stacks`` Stacks; ``extra`` sections are added."""
@@ -153,11 +166,29 @@ def canonical(spec: RackSpec) -> RackSpec:
     return replace(spec, **own).with_stacks((tuple(blocks),), (0,))
 
 
-def _whole(settings: Settings, key: str) -> int:
+def _whole(settings: Settings, key: str, default: int | None = None) -> int:
+    """A positive whole number; ``default`` stands for a missing one and for null."""
     value = settings.get(key)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {key}: {value!r} is not a positive whole number")
     return value
+
+
+def _number(settings: Settings, key: str, default: float) -> float:
+    """A positive number; ``default`` stands for a missing one."""
+    value = settings.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"config.json: {key}: {value!r} is not a positive number")
+    return float(value)
+
+
+def _flag(settings: Settings, key: str, default: bool) -> bool:
+    value = settings.get(key, default)
+    if value not in (True, False):
+        raise UserError(f"config.json: {key}: {value!r} is neither true nor false")
+    return bool(value)
 
 
 def _allow(settings: Settings, allowed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -169,16 +200,22 @@ def _allow(settings: Settings, allowed: Mapping[str, tuple[Any, ...]]) -> None:
             raise UserError(f"config.json: {key}: {value!r} cannot be expressed as a Rack; allowed: {options}")
 
 
-def _theta(settings: Settings, default: float = 10000.0) -> float:
-    """The base of plain rotary positions. UserError for scaled ones."""
-    rope = settings.get("rope_parameters") or {}
-    scaling = settings.get("rope_scaling") or {}
-    for key, values in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"config.json: {key}.rope_type: {kind!r} cannot be expressed as a Rack; allowed: default")
-    theta = rope.get("rope_theta", settings.get("rope_theta"))
-    return default if theta is None else float(theta)
+def _theta(settings: Settings, key: str = "rope_theta", default: float = 10000.0) -> float:
+    """The base of plain rotary positions; ``key``: where it stood before transformers 5. UserError for scaled ones."""
+    for section in ("rope_parameters", "rope_scaling"):
+        rope = settings.get(section)
+        if rope is not None and not isinstance(rope, dict):
+            raise UserError(f"config.json: {section}: {rope!r} is not a section of keys")
+        for name, value in (rope or {}).items():
+            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(name, value)
+            if value != plain or isinstance(value, dict):
+                allowed = f"; allowed: {plain}" if value != plain else ""
+                raise UserError(f"config.json: {section}.{name}: {value!r} cannot be expressed as a Rack{allowed}")
+    _allow(settings, {"partial_rotary_factor": (1, None)})
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if rope.get("rope_theta") is not None:
+        return _number(rope, "rope_theta", default)
+    return _number(settings, key, default)
 
 
 def _rope_settings(theta: float) -> Settings:
@@ -228,12 +265,12 @@ class Llama(Family):
             "vocab_size": _whole(settings, "vocab_size"),
             "d_model": _whole(settings, "hidden_size"),
             "n_heads": heads,
-            "n_kv_heads": settings.get("num_key_value_heads") or heads,
-            "head_dim": settings.get("head_dim"),
+            "n_kv_heads": _whole(settings, "num_key_value_heads", heads),
+            "head_dim": None if settings.get("head_dim") is None else _whole(settings, "head_dim"),
             "d_ff": _whole(settings, "intermediate_size"),
             "rope_theta": _theta(settings),
-            "norm_eps": float(settings.get("rms_norm_eps", 1e-6)),
-            "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
+            "norm_eps": _number(settings, "rms_norm_eps", 1e-6),
+            "tie_embeddings": _flag(settings, "tie_word_embeddings", False),
         }
 
     def entries(self, spec: RackSpec) -> Iterator[Entry]:
@@ -264,9 +301,12 @@ class Qwen3(Llama):
 
     def model(self, settings: Settings) -> dict[str, Any]:
         _allow(settings, {"use_sliding_window": (False,)})
+        types = settings.get("layer_types")
+        if types is not None and types != ["full_attention"] * self.n_blocks(settings):
+            raise UserError(f"config.json: layer_types: {types} cannot be expressed as a Rack; allowed: full_attention")
         # A window's size is written even where windows are off.
         plain = {**settings, "sliding_window": None}
-        return {**super().model(plain), "head_dim": settings.get("head_dim", 128), "qk_norm": True}
+        return {**super().model(plain), "head_dim": _whole(settings, "head_dim", 128), "qk_norm": True}
 
     def attention(self, theirs: str, ours: str, block: BlockSpec) -> Iterator[Entry]:
         yield from super().attention(theirs, ours, block)
@@ -298,8 +338,11 @@ class DeepseekV3(Llama):
         }
 
     def model(self, settings: Settings) -> dict[str, Any]:
-        _allow(settings, {"rope_interleave": (True,)})
+        rotary = _whole(settings, "qk_rope_head_dim")
+        _allow(settings, {"rope_interleave": (True,), "head_dim": (rotary, None)})
         n, dense = self.n_blocks(settings), settings.get("first_k_dense_replace", 3)
+        if not isinstance(dense, int):
+            raise UserError(f"config.json: first_k_dense_replace: {dense!r} is not a whole number")
         if dense < n:
             raise UserError(
                 f"config.json: first_k_dense_replace: {dense} leaves experts in {n - dense} of {n} layers; "
@@ -312,8 +355,6 @@ class DeepseekV3(Llama):
                 f"config.json: num_key_value_heads: {model['n_kv_heads']} must equal num_attention_heads "
                 f"({model['n_heads']}) with latent attention"
             )
-        if settings.get("kv_lora_rank") is None:
-            raise UserError("config.json: kv_lora_rank: null, but latent attention needs the rank of keys and values")
         return {
             **model,
             "attention_preset": "custom",
@@ -321,9 +362,9 @@ class DeepseekV3(Llama):
             "attention_custom": {
                 "attention_type": "mla",
                 "attention_mode": "causal",
-                "mla_rq": settings.get("q_lora_rank"),
+                "mla_rq": None if settings.get("q_lora_rank", 1536) is None else _whole(settings, "q_lora_rank", 1536),
                 "mla_rkv": _whole(settings, "kv_lora_rank"),
-                "mla_rope_dim": _whole(settings, "qk_rope_head_dim"),
+                "mla_rope_dim": rotary,
                 "mla_v_head_dim": _whole(settings, "v_head_dim"),
             },
         }
@@ -349,13 +390,10 @@ class DeepseekV3(Llama):
 class GPT2(Family):
     model_type = "gpt2"
     architecture = "GPT2LMHeadModel"
+    prefix = "transformer."
+    n_blocks_key = "n_layer"
+    max_tokens_key = ("n_positions", 1024)
     ignored = (".attn.bias", ".attn.masked_bias")
-
-    def n_blocks(self, settings: Settings) -> int:
-        return _whole(settings, "n_layer")
-
-    def max_tokens(self, settings: Settings) -> int:
-        return settings.get("n_positions", 1024)
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
         block = spec.blocks[0]
@@ -387,19 +425,22 @@ class GPT2(Family):
                 "add_cross_attention": (False,),
             },
         )
+        # transformers knows these settings by two names, and the second overrides the first.
+        names = ("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")
+        _allow(settings, {alias: (settings.get(name), None) for name, alias in names})
         width = _whole(settings, "n_embd")
         return {
             "vocab_size": _whole(settings, "vocab_size"),
             "d_model": width,
             "n_heads": _whole(settings, "n_head"),
-            "d_ff": settings.get("n_inner") or 4 * width,
+            "d_ff": _whole(settings, "n_inner", 4 * width),
             "use_rope": False,
             "learned_positions": _whole(settings, "n_positions"),
             "norm": "layernorm",
-            "norm_eps": float(settings.get("layer_norm_epsilon", 1e-5)),
+            "norm_eps": _number(settings, "layer_norm_epsilon", 1e-5),
             "bias": True,
             "ffn": "gelu_tanh",
-            "tie_embeddings": bool(settings.get("tie_word_embeddings", True)),
+            "tie_embeddings": _flag(settings, "tie_word_embeddings", True),
         }
 
     def entries(self, spec: RackSpec) -> Iterator[Entry]:
@@ -426,9 +467,7 @@ class ModernBert(Family):
     model_type = "modernbert"
     architecture = "ModernBertForMaskedLM"
     objective = "mlm"
-
-    def max_tokens(self, settings: Settings) -> int:
-        return settings.get("max_position_embeddings", 8192)
+    max_tokens_key = ("max_position_embeddings", 8192)
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
         blocks = spec.blocks
@@ -473,13 +512,14 @@ class ModernBert(Family):
                 "classifier_activation": ("gelu",),
                 "decoder_bias": (True,),
                 "sparse_prediction": (False, True),
+                "sliding_window": (_whole(settings, "local_attention", 128) // 2, None),
             },
         )
-        bias = bool(settings.get("attention_bias", False))
+        bias = _flag(settings, "attention_bias", False)
         for key in ("mlp_bias", "classifier_bias"):
-            if bool(settings.get(key, False)) != bias:
+            if _flag(settings, key, False) != bias:
                 raise UserError(
-                    f"config.json: {key}: {settings[key]!r} differs from attention_bias ({bias}); in a Rack all linear "
+                    f"config.json: {key}: {not bias} differs from attention_bias ({bias}); in a Rack all linear "
                     "layers have biases, or none"
                 )
         model = {
@@ -489,27 +529,18 @@ class ModernBert(Family):
             "d_ff": _whole(settings, "intermediate_size"),
             "attention_preset": "bert_style",
             "norm": "layernorm",
-            "norm_eps": float(settings.get("norm_eps", 1e-5)),
-            "norm_bias": bool(settings.get("norm_bias", False)),
+            "norm_eps": _number(settings, "norm_eps", 1e-5),
+            "norm_bias": _flag(settings, "norm_bias", False),
             "bias": bias,
             "embedding_norm": True,
             "first_attention_norm": False,
             "ffn": "geglu",
-            "tie_embeddings": bool(settings.get("tie_word_embeddings", True)),
+            "tie_embeddings": _flag(settings, "tie_word_embeddings", True),
             "mlm_head": True,
         }
-        n = self.n_blocks(settings)
-        every = settings.get("global_attn_every_n_layers", 3)
-        types = settings.get("layer_types")
-        full = [kind == "full_attention" for kind in types] if types else [i % every == 0 for i in range(n)]
-        rope = settings.get("rope_parameters") or {}
-        thetas = {
-            kind: _theta({"rope_parameters": rope.get(kind), "rope_theta": settings.get(old, default)})
-            for kind, old, default in (
-                ("full_attention", "global_rope_theta", 160000.0),
-                ("sliding_attention", "local_rope_theta", 10000.0),
-            )
-        }
+        types = self.layer_types(settings)
+        thetas = self.thetas(settings)
+        full = [kind == "full_attention" for kind in types]
         if all(full):
             return {**model, "rope_theta": thetas["full_attention"]}
         repeat = _every(full)
@@ -520,10 +551,38 @@ class ModernBert(Family):
             )
         return {
             **model,
-            "window": settings.get("local_attention", 128),
+            "window": _whole(settings, "local_attention", 128),
             "global_every": repeat,
             "rope_theta": thetas["full_attention"],
             "local_rope_theta": thetas["sliding_attention"],
+        }
+
+    def fits(self, spec: RackSpec, max_tokens: int) -> bool:
+        # Versions before 5 know global_attn_every_n_layers alone, where the first layer sees all tokens.
+        return super().fits(spec, max_tokens) and spec.blocks[0].window is None
+
+    def layer_types(self, settings: Settings) -> list[str]:
+        """``full_attention`` or ``sliding_attention``, of each layer."""
+        n, types = self.n_blocks(settings), settings.get("layer_types")
+        if types is None:
+            every = _whole(settings, "global_attn_every_n_layers", 3)
+            return ["sliding_attention" if i % every else "full_attention" for i in range(n)]
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != n or any(kind not in known for kind in types):
+            raise UserError(f"config.json: layer_types: {types!r} must name one of {', '.join(known)} for each layer")
+        return types
+
+    def thetas(self, settings: Settings) -> dict[str, float]:
+        """The base of the rotary positions of each kind of layer."""
+        rope = settings.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json: rope_parameters: {rope!r} is not a section of keys")
+        return {
+            kind: _theta({**settings, "rope_parameters": rope.get(kind)}, old, default)
+            for kind, old, default in (
+                ("full_attention", "global_rope_theta", 160000.0),
+                ("sliding_attention", "local_rope_theta", 10000.0),
+            )
         }
 
     def entries(self, spec: RackSpec) -> Iterator[Entry]:

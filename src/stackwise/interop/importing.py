@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.training.checkpoints import CheckpointStore
 from stackwise.training.loop import RunState
+from stackwise.training.run import IMPORTED
 from stackwise.training.rundir import RunDir
-
-IMPORTED = "imported"
-"""The fingerprint in the checkpoint of a run that was imported and not trained."""
 
 
 def read_settings(folder: str | Path) -> Settings:
@@ -46,10 +44,11 @@ def read_settings(folder: str | Path) -> Settings:
 def family_of(settings: Settings, folder: str | Path) -> Family:
     """The family that ``config.json`` names. UserError with the ones there are."""
     kind = settings.get("model_type")
-    if settings.get("quantization_config") is not None:
-        method = settings["quantization_config"].get("quant_method", "unknown")
+    quantised = settings.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(f"{folder}: quantization_config: {method!r} weights cannot be imported; use full ones")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         near = difflib.get_close_matches(str(kind), FAMILIES, 1, 0.5)
         hint = f"; the nearest is {near[0]}" if near else ""
         raise UserError(f"{folder}: model_type: {kind!r} cannot be imported; known: {', '.join(FAMILIES)}{hint}")
@@ -61,10 +60,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = {Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error})") from None
-        files = [folder / Path(name).name for name in names]
+        files = [folder / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names")
@@ -81,11 +80,11 @@ def weight_files(folder: Path) -> list[Path]:
 class StoredTensors:
     """The tensors of safetensors files, each read when it is asked for."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self._files: dict[str, Path] = {}
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._places: dict[str, tuple[Path, str]] = {}
         for file in files:
             with self._open(file) as content:
-                self._files |= dict.fromkeys(content.keys(), file)
+                self._places |= {name: (file, name) for name in content.keys()}  # noqa: SIM118 (not a dict)
 
     @staticmethod
     def _open(file: Path) -> Any:
@@ -94,42 +93,75 @@ class StoredTensors:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file: {error}") from None
 
-    def names(self) -> Iterator[str]:
-        yield from self._files
+    def complete_names(self, prefix: str, known: Set[str]) -> None:
+        """Gives tensors their full names where ``prefix`` was left out."""
+        whole = {name if name in known or prefix + name not in known else prefix + name: name for name in self}
+        self._places = {name: self._places[stored] for name, stored in whole.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self._places[name]
+        with self._open(file) as content:
+            return tuple(content.get_slice(stored).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._open(self._files[name]) as content:
-            return content.get_tensor(name)
+        """In fp32. UserError for a tensor of whole numbers, which holds quantised weights."""
+        file, stored = self._places[name]
+        with self._open(file) as content:
+            tensor: Tensor = content.get_tensor(stored)
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {stored} holds {tensor.dtype} and no floating-point numbers")
+        return tensor.float()
 
 
-def load_weights_into(rack: Rack, family: Family, stored: StoredTensors, folder: str | Path) -> None:
-    """Copies their weights into ``rack``, in fp32. UserError for what is missing, left over or of another shape."""
-    own = rack.state_dict()
-    shapes = {name: tensor.shape for name, tensor in own.items()}
+_HEADS = ("lm_head.weight", "decoder.weight")
+"""Names under which tied checkpoints may hold the embedding once more."""
+
+
+def check_names_and_shapes(rack: Rack, family: Family, stored: StoredTensors, folder: str | Path) -> None:
+    """Whether ``stored`` holds ``rack``, which may be on the meta device, and nothing else.
+
+    Raises:
+        UserError: for what is missing, left over or of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in rack.state_dict().items()}
     entries = list(family.entries(rack.spec))
-    assert {name for entry in entries for name in entry.ours} == set(own), "the family's table names every tensor"
-    # Checkpoints of base models leave out the prefix of the model with a head; tied ones may hold the head twice.
+    assert {name for entry in entries for name in entry.ours} == set(shapes), "the family's table names every tensor"
+    names = {entry.theirs for entry in entries} | (set(_HEADS) if rack.tied else set())
+    stored.complete_names(family.prefix, names)
     missing = [entry.theirs for entry in entries if entry.theirs not in stored]
     if missing:
         raise UserError(f"{folder}: the weights of {missing[0]} are missing ({len(missing)} in all)")
-    known = {entry.theirs for entry in entries} | ({"lm_head.weight", "decoder.weight"} if rack.tied else set())
-    odd = [name for name in stored.names() if name not in known and not name.endswith(family.ignored or "\0")]
+    odd = [name for name in stored if name not in names and not name.endswith(family.ignored or "\0")]
     if odd:
         raise UserError(
             f"{folder}: {odd[0]} has no place in a Rack ({len(odd)} such tensors); its layers differ from what "
             f"{family.architecture} is here"
         )
-    with torch.no_grad():
-        for entry in entries:
-            for name, tensor in entry.split(stored[entry.theirs].float(), shapes).items():
-                own[name].copy_(tensor)
-        if rack.tied:
-            for name in ("lm_head.weight", "decoder.weight"):
-                if name in stored and not torch.equal(stored[name].float(), rack.embedding.weight):
-                    raise UserError(f"{folder}: config.json ties the embeddings, but {name} is another matrix")
+    for entry in entries:
+        there, expected = stored.shape(entry.theirs), entry.shape(shapes)
+        if there != expected:
+            raise UserError(f"{folder}: {entry.theirs} has the shape {there}; config.json says {expected}")
+
+
+def load_weights_into(rack: Rack, family: Family, stored: StoredTensors, folder: str | Path) -> None:
+    """Copies their weights, which ``check_names_and_shapes`` has passed, into ``rack``."""
+    own = rack.state_dict()
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    for entry in family.entries(rack.spec):
+        for name, tensor in entry.split(stored[entry.theirs], shapes).items():
+            own[name].copy_(tensor)
+    for name in _HEADS:
+        if rack.tied and name in stored and not torch.equal(stored[name], rack.embedding.weight):
+            raise UserError(f"{folder}: config.json ties the embeddings, but {name} is another matrix")
 
 
 def rack_from_folder(folder: str | Path, n_stacks: int = 1) -> Rack:
@@ -144,11 +176,19 @@ def _load(folder: Path, n_stacks: int, extra: dict[str, Any]) -> tuple[Rack, Sta
     if not 1 <= n_stacks <= n:
         raise UserError(f"--stacks: {n_stacks} is out of range; the model has {n} layers: at least 1 and at most {n}")
     config = family.config(settings, n_stacks, extra)
+    stored = StoredTensors(weight_files(folder))
+    if n > len(stored):
+        raise UserError(f"{folder}: config.json says {n} layers, but there are no more than {len(stored)} tensors")
     assert config.model.vocab_size is not None
+    spec = rack_spec_from_config(config, range(n_stacks), config.model.vocab_size)
     with torch.device("meta"):
-        rack = Rack(rack_spec_from_config(config, range(n_stacks), config.model.vocab_size))
+        try:
+            rack = Rack(spec)
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{folder}: config.json describes no model: {error}") from None
+    check_names_and_shapes(rack, family, stored, folder)
     rack.to_empty(device="cpu")
-    load_weights_into(rack, family, StoredTensors(weight_files(folder)), folder)
+    load_weights_into(rack, family, stored, folder)
     return rack.requires_grad_(True).eval(), config
 
 
@@ -164,6 +204,8 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
     if out.exists():
         raise UserError(f"{out}: already exists; give a new folder")
     family = family_of(read_settings(folder), folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: it has no tokenizer.json, the only form in which tokenizers are read")
     tokenizer: Tokenizer = open_pretrained(folder)
     extra = {"data": {"tokenizer": {"kind": "pretrained", "path": str(folder.resolve())}}}
     rack, config = _load(folder, n_stacks, extra)

@@ -8,13 +8,14 @@ from importlib.resources import files
 
 _REMOTE = "stackwise.interop.remote."
 _IMPORT = re.compile(r"^from (stackwise\.[\w.]+) import", re.MULTILINE)
+_MAIN = "modeling_stackwise.py"
 _TYPE_CHECKING = re.compile(r"^if TYPE_CHECKING:\n(?:(?: {4}.*)?\n)+", re.MULTILINE)
 
 
 def remote_sources() -> dict[str, str]:
     """File name → source, of the two modules that transformers loads and of all that they import."""
     sources: dict[str, str] = {}
-    waiting = [f"{_REMOTE}modeling_stackwise"]
+    waiting = [_REMOTE + _MAIN.removesuffix(".py")]
     while waiting:
         module = waiting.pop()
         name = f"{_flat(module)}.py"
@@ -24,6 +25,9 @@ def remote_sources() -> dict[str, str]:
         ast.parse(text)
         waiting += _IMPORT.findall(text)
         sources[name] = _IMPORT.sub(lambda found: f"from .{_flat(found[1])} import", text)
+    others = sorted(name.removesuffix(".py") for name in sources if name != _MAIN)
+    imports = "".join(f"from .{name} import __name__ as _\n" for name in others)
+    sources[_MAIN] += f"\n\n# Versions before 5 copy only those files that this one imports itself.\n{imports}"
     return sources
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
@@ -18,12 +17,31 @@ from stackwise.data.tokenizers import (
 )
 
 
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """``bos_token_id`` and so on, as transformers calls them; bos, eos and pad are always there.
+
+    bos and eos, or cls and sep where a pretrained tokenizer puts both around a text. Where it begins texts with no
+    token, documents begin after the end token, which is then bos as well.
+    """
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    first, last = tokenizer.end_id, None
+    if isinstance(tokenizer, LibraryTokenizer):
+        around = tokenizer.library().encode("").ids  # what is added to a text without tokens
+        first = around[0] if around and around[0] in tokenizer.special_ids else first
+        last = around[-1] if len(around) > 1 and around[-1] in tokenizer.special_ids else None
+    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    if tokenizer.mask_id is not None:
+        ids["mask_token_id"] = tokenizer.mask_id
+    return ids | ({} if last is None else {"cls_token_id": first, "sep_token_id": last})
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
     """Writes ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``, which give the same ids."""
-    library, end, pad, mask = _as_library(tokenizer)
+    library = _as_library(tokenizer)
     (folder / "tokenizer.json").write_text(library.to_str(pretty=True), encoding="utf-8", newline="")
-    specials: dict[str, Any] = {"eos_token": end, "pad_token": pad, "mask_token": mask}
-    specials = {role: token for role, token in specials.items() if token is not None}
+    ids = special_ids(tokenizer)
+    specials = {role.removesuffix("_id"): library.id_to_token(i) for role, i in ids.items() if i is not None}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_tokens,
@@ -35,14 +53,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=1) + "\n", encoding="utf-8")
 
 
-def _as_library(tokenizer: Tokenizer) -> tuple[Library, str, str | None, str | None]:
-    """The tokenizer as one of the ``tokenizers`` library, and its end, pad and mask tokens."""
+def _as_library(tokenizer: Tokenizer) -> Library:
+    """The tokenizer as one of the ``tokenizers`` library."""
     if isinstance(tokenizer, LibraryTokenizer):
-        library = tokenizer.library()
-        roles = (tokenizer.end_id, tokenizer.pad_id, tokenizer.mask_id)
-        end, pad, mask = (None if i is None else library.id_to_token(i) for i in roles)
-        assert end is not None
-        return library, end, pad, mask
+        return tokenizer.library()
     first = len(BUILT_IN_SPECIALS)
     vocabulary = {token: i for i, token in enumerate(BUILT_IN_SPECIALS)}
     if isinstance(tokenizer, ByteTokenizer):
@@ -57,8 +71,7 @@ def _as_library(tokenizer: Tokenizer) -> tuple[Library, str, str | None, str | N
     else:
         raise TypeError(f"no tokenizer file is defined for a {type(tokenizer).__name__}")
     library.add_special_tokens(list(BUILT_IN_SPECIALS))
-    end, pad, mask = BUILT_IN_SPECIALS
-    return library, end, pad, mask
+    return library
 
 
 def _byte_letters() -> list[str]:

@@ -35,6 +35,9 @@ from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
 
+IMPORTED = "imported"
+"""The fingerprint in the checkpoint of a run that was imported and not trained."""
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -143,6 +146,8 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     training = config.training
     store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
     checkpoint = store.load(step) if step is not None or store.has_any() else None
+    if checkpoint is not None and checkpoint.state["fingerprint"] == IMPORTED:
+        raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
     if checkpoint is None:
         run.truncate_metrics(0)
     data = prepare(own_data(run, config), progress=reporter.work)

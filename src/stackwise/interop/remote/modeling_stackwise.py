@@ -15,6 +15,7 @@ from stackwise.model.spec import RackSpec
 class StackWisePreTrainedModel(PreTrainedModel):
     config_class = StackWiseModelConfig
     base_model_prefix = "rack"
+    accepts_loss_kwargs = False  # the loss is a mean over one batch; Trainer divides it by the batches it accumulates
 
     def __init__(self, config: StackWiseModelConfig) -> None:
         super().__init__(config)
