@@ -256,8 +256,3 @@ class Rack(nn.Module):
         """(…, C), from ``hidden`` → (…, V)."""
         out = torch.matmul(hidden, self.head_weight.to(hidden.dtype).T)
         return out if self.head_bias is None else out + self.head_bias
-
-
-def build_rack(spec: RackSpec) -> Rack:
-    """The Rack that ``spec`` describes, with values still to be set."""
-    return Rack(spec)
