@@ -34,7 +34,7 @@ from stackwise.model.architecture import (
 )
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.layers import LexicalKernelManager
-from stackwise.model.rack import build_rack
+from stackwise.model.rack import Rack
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.planning.plan import plan_run
 from stackwise.training.progress import SilentReporter
@@ -414,7 +414,7 @@ def test_an_adapted_table_is_computed_once_where_nothing_trains(family: Path) ->
 
 def test_a_spec_with_an_adapter_goes_through_json(family: Path) -> None:
     rack = rack_of(E, HIDDEN, tie_embeddings=True)
-    again = build_rack(RackSpec.from_dict(json.loads(json.dumps(rack.spec.to_dict())))).double()
+    again = Rack(RackSpec.from_dict(json.loads(json.dumps(rack.spec.to_dict())))).double()
     again.load_state_dict(rack.state_dict())
     ids = torch.tensor([[3, 1, 4]])
     assert torch.equal(again(ids), rack(ids))
@@ -537,7 +537,7 @@ def test_a_rack_whose_table_was_kept_can_be_copied_in_a_dry_run(settings: Path) 
 
 def test_a_builder_starts_from_the_familys_table(tmp_path: Path, settings: Path, family: Path) -> None:
     builder = ProgressiveRackBuilder(StackWiseConfig.from_yaml(settings))
-    assert torch.equal(builder.build_rack().embedding.weight, values())
+    assert torch.equal(builder.Rack().embedding.weight, values())
     builder.save_rack(tmp_path / "rack.safetensors")
     shutil.rmtree(family)  # a saved Rack needs it no more
     adapter = builder.rack.embedding.adapter_out
