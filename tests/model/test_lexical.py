@@ -34,7 +34,6 @@ from stackwise.model.architecture import (
 )
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.layers import LexicalKernelManager
-from stackwise.model.rack import Rack
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.planning.plan import plan_run
 from stackwise.training.progress import SilentReporter
@@ -537,7 +536,7 @@ def test_a_rack_whose_table_was_kept_can_be_copied_in_a_dry_run(settings: Path) 
 
 def test_a_builder_starts_from_the_familys_table(tmp_path: Path, settings: Path, family: Path) -> None:
     builder = ProgressiveRackBuilder(StackWiseConfig.from_yaml(settings))
-    assert torch.equal(builder.Rack().embedding.weight, values())
+    assert torch.equal(builder.build_rack().embedding.weight, values())
     builder.save_rack(tmp_path / "rack.safetensors")
     shutil.rmtree(family)  # a saved Rack needs it no more
     adapter = builder.rack.embedding.adapter_out
