@@ -160,7 +160,7 @@ def test_a_rounded_tip_bounds_the_frequencies_and_changes_the_kernel_by_less_tha
     rounded = (w @ points.T).cos().mean(0)
     difference = (rounded - (-distance / s).exp()).abs()
     probability = math.erf(LAPLACIAN_TIP / 2**0.5)
-    assert 0.02 < difference.max() < probability  # measured: 0.05; the bound is 0.20
+    assert 0.02 < difference.max() < probability  # 0.085 at 0.19 s; the bound is 0.20
     assert difference[distance > 4 * s * LAPLACIAN_TIP].max() < 0.03
 
 
