@@ -23,20 +23,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from stackwise.growth.rack_builder import zero_residual_outputs
 from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.initialisation import init_weights
 from stackwise.model.layers import MLGKALayer, never_trained
+from stackwise.model.rack import Blocks
 from stackwise.model.spec import AttentionMode
 
 PAD, UNKNOWN = 0, 1
+AVERAGE_DECAY = 0.995
+"""Of the running average of weights: about the last 200 steps count."""
 ATTENTIONS = ("mlgka", "gpt_style", "bert_style")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a model and how it is trained."""
+    """Sizes of a model and how it is trained: ``first_epochs`` of the ``epochs`` with its first Block alone."""
 
     vocab_size: int
     d_model: int
@@ -48,6 +53,7 @@ class Recipe:
     embedding_lr: float
     epochs: int
     word_dropout: float
+    first_epochs: int = 0
     batch_size: int = 32
     weight_decay: float = 0.05
     n_heads: int = 8
@@ -56,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "simple": Recipe(1000, 256, 1024, 1, None, 0.2, 1e-3, 3e-3, 4, 0.3),
-    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 2e-4, 3e-3, 3, 0.2),
+    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 3e-4, 1e-2, 6, 0.2, first_epochs=4),
 }
 
 
@@ -125,6 +131,13 @@ def build(recipe: Recipe, attention: str, n_classes: int, seed: int) -> Sequence
     )
 
 
+def grow(model: SequenceClassifier, waiting: list[Block]) -> None:
+    """The ``waiting`` Blocks join, each the identity at first, so the model goes on from where it was."""
+    for block in waiting:
+        zero_residual_outputs(block)
+        model.blocks.append(block)
+
+
 def batches(ids: list[list[int]], size: int, generator: np.random.Generator | None) -> list[np.ndarray]:
     """Indices of texts of like length; shuffled with ``generator``."""
     noise = generator.uniform(0.8, 1.25, len(ids)) if generator is not None else 1.0
@@ -142,7 +155,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def accuracy(model: SequenceClassifier, ids: list[list[int]], labels: torch.Tensor) -> float:
+def accuracy(model: torch.nn.Module, ids: list[list[int]], labels: torch.Tensor) -> float:
     model.eval()
     right = 0
     with torch.no_grad():
@@ -155,7 +168,7 @@ def accuracy(model: SequenceClassifier, ids: list[list[int]], labels: torch.Tens
 def train(
     recipe: Recipe, attention: str, data: tuple[list[list[int]], ...], labels: tuple[torch.Tensor, ...], seed: int
 ) -> dict[str, object]:
-    """Trains one model; the last epoch's weights are the ones that count."""
+    """Trains one model; what counts is a running average of its weights (Polyak and Juditsky 1992) at the end."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
     model = build(recipe, attention, int(labels[0].max()) + 1, seed)
@@ -170,13 +183,21 @@ def train(
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    total = recipe.epochs * len(batches(data[0], recipe.batch_size, order))
+    per_epoch = len(batches(data[0], recipe.batch_size, order))
+    total, warmup = recipe.epochs * per_epoch, max(1, recipe.epochs * per_epoch // 16)
     print(f"{attention}: {count:,} parameters, {total} steps", file=sys.stderr)
-    step, start, scores = 0, time.perf_counter(), []
+    waiting = list(model.blocks)[1:] if recipe.first_epochs else []
+    model.blocks = Blocks(list(model.blocks)[: recipe.n_layers - len(waiting)])
+    step, joined, start, scores = 0, 0, time.perf_counter(), []
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     for epoch in range(recipe.epochs):
+        if waiting and epoch == recipe.first_epochs:
+            grow(model, waiting)
+            waiting, joined = [], step
+            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         model.train()
         for group in batches(data[0], recipe.batch_size, order):
-            rate = min((step + 1) / (0.06 * total), (total - step) / (0.94 * total))
+            rate = min(1.0, (step - joined + 1) / warmup) * (total - step) / total
             for group_ in optimizer.param_groups:
                 group_["lr"] = group_.get("rate", recipe.lr) * rate
             ids, mask = padded([data[0][i] for i in group])
@@ -187,8 +208,9 @@ def train(
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            averaged.update_parameters(model)
             step += 1
-        scores.append(accuracy(model, data[1], labels[1]))
+        scores.append(accuracy(averaged, data[1], labels[1]))
         seconds = time.perf_counter() - start
         print(f"  epoch {epoch + 1}: accuracy {scores[-1]:.4f}, {seconds:.0f} s", file=sys.stderr)
     return {
@@ -204,6 +226,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(RECIPES), default="classifier")
     parser.add_argument("--attention", choices=[*ATTENTIONS, "all"], default="mlgka")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument(
+        "--first-epochs", type=int, help="of these, those with the first Block alone; default: the model's"
+    )
     parser.add_argument("--lr", type=float)
     parser.add_argument("--embedding-lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
@@ -212,8 +237,10 @@ def main() -> None:
     if options.epochs is not None and options.epochs < 1:
         wrong(f"--epochs is {options.epochs}; it must be at least 1")
     recipe = RECIPES[options.model]
-    given = {key: getattr(options, key) for key in ("epochs", "lr", "embedding_lr")}
+    given = {key: getattr(options, key) for key in ("epochs", "first_epochs", "lr", "embedding_lr")}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if not 0 <= recipe.first_epochs < recipe.epochs:
+        wrong(f"--first-epochs is {recipe.first_epochs}; it must be below --epochs ({recipe.epochs}), and at least 0")
     texts, labels = read(options.train)
     if options.validation is None:
         held = set(np.random.default_rng(0).permutation(len(texts))[: len(texts) // 10].tolist())

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 OptimizerState = Literal["keep", "reset", "copy"]
 Init = Literal["random", "identity", "copy"]
+Precision = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
+AdapterKind = Literal["stack", "progressive"]
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,41 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Low-rank adapters (LoRA, 2106.09685) on every linear layer of one Stack: W x + (alpha / rank) B A x.
+
+    A Stack has at most one of each kind: ``stack`` from when it is made, ``progressive`` from when it first is trunk.
+    """
+
+    stack: int
+    kind: AdapterKind
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    trains: bool = True
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training in which what trains, what is frozen and the budget stay the same.
 
     Attributes:
         name: unique in the run.
         stacks: ids of the Rack's Stacks, left to right.
-        trains: the parts with full gradients (``Rack.parts`` names them); everything else is frozen.
+        trains: the parts with full gradients: ``embedding``, ``stack.<id>``, ``norm``, ``head``, or a single Block,
+            ``stack.<id>/blocks.<index>``; everything else is frozen.
         growth: the Stacks that are new, if any.
         steps: optimizer steps.
         schedule: of the learning rate.
         optimizer_state: what happens to the moments at the start.
+        precision: how the linear layers of Stacks are stored, (id, precision); Stacks that are not named are ``full``.
+        adapters: all that are there in this phase, trained or not.
+        cached: the hidden state at boundary ``enters`` is read from the activation cache; the Stacks before it, and
+            the embedding, stay off the device.
+        enters: the boundary: how many Stacks the input has passed when it enters. 0 unless ``cached``, or unless the
+            boundary is recomputed as the cache would hold it.
+        examples: the batches of the phase: (first, count) of the run's stream, taken again from the first when they are
+            through; ``None``: they go on where the phase before ended. Phases that share a cache name the same ones.
     """
 
     name: str
@@ -58,6 +84,25 @@ class Phase:
     schedule: Schedule
     growth: tuple[Growth, ...] = ()
     optimizer_state: OptimizerState = "keep"
+    precision: tuple[tuple[int, Precision], ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    cached: bool = False
+    enters: int = 0
+    examples: tuple[int, int] | None = None
+
+    def precision_of(self, stack: int) -> Precision:
+        return dict(self.precision).get(stack, "full")
+
+    @property
+    def trained_stacks(self) -> set[int]:
+        """Ids of the Stacks of which anything but adapters trains."""
+        parts = (name.partition("/")[0] for name in self.trains)
+        return {int(part.removeprefix("stack.")) for part in parts if part.startswith("stack.")}
+
+    def away(self, offload: Literal["none", "host", "disk"]) -> set[int]:
+        """Ids of the Stacks that wait off the device: those that never run, and with ``offload`` all frozen ones."""
+        unused = set(self.stacks[: self.enters]) if self.cached else set()
+        return unused if offload == "none" else unused | (set(self.stacks) - self.trained_stacks)
 
     @property
     def stack(self) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.model.linear import Linear
 from stackwise.model.spec import FeedForwardKind
 
 
@@ -36,9 +37,9 @@ class GatedFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+        self.gate_proj = Linear(d_model, d_ff, bias=bias)
+        self.up_proj = Linear(d_model, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_model, bias=bias)
         self.never_trained = _up_proj_names(bias) if freeze_up_proj else ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class PlainFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+        self.up_proj = Linear(d_model, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_model, bias=bias)
         self.never_trained = _up_proj_names(bias) if freeze_up_proj else ()
 
     def forward(self, x: Tensor) -> Tensor:

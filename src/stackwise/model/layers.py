@@ -82,4 +82,9 @@ class MLGKALayer(Block):
 
 def never_trained(module: nn.Module) -> set[nn.Parameter]:
     """The parameters that no phase trains, as the modules inside ``module`` declare in ``never_trained``."""
-    return {part.get_parameter(name) for part in module.modules() for name in getattr(part, "never_trained", ())}
+    named = (
+        getattr(part.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for part in module.modules()
+        for name in getattr(part, "never_trained", ())
+    )
+    return {parameter for parameter in named if parameter is not None}

@@ -5,12 +5,14 @@ B batch, T tokens, C width (``d_model``), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from stackwise.model.attention.core import CoreAttention
@@ -76,6 +78,8 @@ class Stack(nn.Module):
         self.stack_id = stack_id
         self.blocks = Blocks(blocks)
         self.activation_checkpointing = False
+        self.fetch: Callable[[], Mapping[str, Tensor]] | None = None
+        """Gives the tensors of a Stack whose own are elsewhere (on the meta device), for as long as they are used."""
 
     def forward(
         self,
@@ -84,7 +88,37 @@ class Stack(nn.Module):
         rope: RopeTables | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only."""
+        """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only.
+
+        A Stack that is elsewhere is fetched for the forward pass and again for the backward pass, which recomputes it.
+        """
+        if self.fetch is None:
+            return self._run(x, attention_mask, rope, caches)
+        if torch.is_grad_enabled() and caches is None:
+            random = any(block.dropout > 0 for block in self.blocks) and self.training
+            return checkpoint(
+                self._run_fetched, x, attention_mask, rope, caches, use_reentrant=False, preserve_rng_state=random
+            )
+        return self._run_fetched(x, attention_mask, rope, caches)
+
+    def _run_fetched(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        rope: RopeTables | None,
+        caches: Sequence[LayerCache] | None,
+    ) -> Tensor:
+        assert self.fetch is not None
+        tensors = {f"stack.{name}": tensor for name, tensor in self.fetch().items()}
+        return functional_call(_Run(self), tensors, (x, attention_mask, rope, caches))
+
+    def _run(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        rope: RopeTables | None,
+        caches: Sequence[LayerCache] | None,
+    ) -> Tensor:
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and caches is None:
                 x = checkpoint(
@@ -93,6 +127,21 @@ class Stack(nn.Module):
             else:
                 x = block(x, attention_mask, rope, None if caches is None else caches[i])
         return x
+
+
+class _Run(nn.Module):
+    """Calls a Stack's own pass as a module, as ``functional_call`` needs it."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.stack._run(*args)
+
+
+ADAPTERS = ".adapters."
+"""In the names of low-rank factors; they are parts of their own, ``adapters.<id>``, beside their Stack's."""
 
 
 class Stacks(nn.ModuleList):
@@ -170,10 +219,14 @@ class Rack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        """Where the Rack runs; the embedding may wait elsewhere."""
+        return next(self.norm.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
-        """What trains, freezes and is saved: ``embedding``, ``stack.<id>`` …, ``norm``, ``head`` (if it has any)."""
+        """What trains, freezes and is saved: ``embedding``, ``stack.<id>`` …, ``norm``, ``head`` (if it has any).
+
+        Adapters inside a Stack are parts of their own, ``adapters.<id>``, in ``part_parameters`` and ``part_tensors``.
+        """
         named: dict[str, nn.Module] = {"embedding": self.embedding}
         named |= {f"stack.{stack.stack_id}": stack for stack in self.stacks}
         named["norm"] = self.norm
@@ -181,17 +234,33 @@ class Rack(nn.Module):
             named["head"] = self.head
         return named
 
+    def part_module(self, part: str) -> nn.Module:
+        """The module that holds the tensors of ``part``; of ``adapters.<id>`` it is their Stack."""
+        return self.parts()[part.replace("adapters.", "stack.")]
+
+    @staticmethod
+    def part_of(part: str, name: str) -> str:
+        """The part that a tensor called ``name`` in the module of ``part`` belongs to."""
+        return f"adapters.{part.removeprefix('stack.')}" if ADAPTERS in name else part
+
     def part_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(part, name within the part, parameter) of every parameter, once each."""
         for part, module in self.parts().items():
             for name, parameter in module.named_parameters():
-                yield part, name, parameter
+                yield self.part_of(part, name), name, parameter
 
     def part_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(part, name within the part, tensor) of all that is saved: parameters, and the frequencies of kernels."""
         for part, module in self.parts().items():
             for name, tensor in module.state_dict(keep_vars=True).items():
-                yield part, name, tensor
+                yield self.part_of(part, name), name, tensor
+
+    def tensors_by_part(self) -> dict[str, dict[str, Tensor]]:
+        """Part → name → tensor, of all that is saved."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.parts()}
+        for part, name, tensor in self.part_tensors():
+            parts.setdefault(part, {})[name] = tensor
+        return parts
 
     def blocks(self) -> list[Block]:
         return [block for stack in self.stacks for block in stack.blocks]
@@ -224,29 +293,56 @@ class Rack(nn.Module):
             return {key: rope_table(n_tokens, *key, device, start) for key in keys}
         return {key: rope_rows(rope_table(start + n_tokens, *key, device), positions) for key in keys}
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        boundary: Tensor | None = None,
+        enters: int = 0,
+    ) -> Tensor:
         """(B, T) token ids → (B, T, C): what the head's matrix reads.
 
         Args:
             attention_mask: boolean (B, T), True where a token is real; positions are counted over real tokens.
             cache: what was read before, from ``make_cache``; ``input_ids`` are then the tokens that follow.
+            boundary: (B, T, C), the hidden state of ``input_ids`` after ``enters`` Stacks, which then do not run.
         """
-        B, T = input_ids.shape
-        start = 0 if cache is None else cache.length
-        if cache is None:
-            positions = None if attention_mask is None else positions_of(attention_mask)
+        if boundary is not None:
+            x = self.advance(boundary, enters, len(self.stacks), attention_mask)
+        elif cache is None:
+            x = self.advance(self.embed(input_ids, attention_mask), 0, len(self.stacks), attention_mask)
         else:
+            B, T = input_ids.shape
+            start = cache.length
             attention_mask = cache.extend_mask(attention_mask, B, T, input_ids.device)
             positions = None if attention_mask is None else positions_of(attention_mask)[:, -T:]
-        rope = self._rope_tables(T, start, input_ids.device, positions)
-        x = self.embedding(input_ids, positions, start)
-        done = 0
-        for stack in self.stacks:
-            n = len(stack.blocks)
-            x = stack(x, attention_mask, rope, None if cache is None else cache.layers[done : done + n])
-            done += n
+            rope = self._rope_tables(T, start, input_ids.device, positions)
+            x, done = self.embedding(input_ids, positions, start), 0
+            for stack in self.stacks:
+                n = len(stack.blocks)
+                x = stack(x, attention_mask, rope, cache.layers[done : done + n])
+                done += n
         x = self.norm(x)
         return x if self.head is None else self.head(x)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) token ids → (B, T, C), boundary 0."""
+        positions = None if attention_mask is None else positions_of(attention_mask)
+        where = self.embedding.weight.device
+        if where == self.device:
+            return self.embedding(input_ids, positions, 0)
+        return self.embedding(input_ids.to(where), None if positions is None else positions.to(where), 0).to(
+            self.device
+        )
+
+    def advance(self, x: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T, C) at boundary ``start`` → (B, T, C) at boundary ``stop``: runs the Stacks between them."""
+        positions = None if attention_mask is None else positions_of(attention_mask)
+        rope = self._rope_tables(x.shape[1], 0, x.device, positions)
+        for stack in list(self.stacks)[start:stop]:
+            x = stack(x, attention_mask, rope)
+        return x
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids → logits (B, T, V)."""

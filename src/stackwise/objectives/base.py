@@ -20,11 +20,16 @@ from stackwise.ops.losses import IGNORE, linear_cross_entropy, linear_cross_entr
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs (B, T) and targets (B, T; ``IGNORE`` where nothing is predicted), and the mask of real tokens, if any."""
+    """Inputs (B, T) and targets (B, T; ``IGNORE`` where nothing is predicted), and the mask of real tokens, if any.
+
+    ``boundary`` (B, T, C), where given, is the hidden state of the inputs after ``enters`` Stacks: those do not run.
+    """
 
     inputs: Tensor
     targets: Tensor
     attention_mask: Tensor | None = None
+    boundary: Tensor | None = None
+    enters: int = 0
 
     @property
     def n_targets(self) -> int:
@@ -33,13 +38,21 @@ class Example:
 
     def micro_batches(self, size: int) -> Iterator[Example]:
         """Slices of ``size`` sequences."""
-        masks = [None] * len(self.inputs) if self.attention_mask is None else self.attention_mask.split(size)
-        for inputs, targets, mask in zip(self.inputs.split(size), self.targets.split(size), masks):
-            yield Example(inputs, targets, mask)
+        masks, boundaries = (
+            [None] * len(self.inputs) if part is None else part.split(size)
+            for part in (self.attention_mask, self.boundary)
+        )
+        for inputs, targets, mask, boundary in zip(
+            self.inputs.split(size), self.targets.split(size), masks, boundaries
+        ):
+            yield Example(inputs, targets, mask, boundary, self.enters)
 
     def to(self, device: torch.device) -> Example:
-        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return Example(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), mask)
+        def moved(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device, non_blocking=True)
+
+        inputs, targets = self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
+        return Example(inputs, targets, moved(self.attention_mask), moved(self.boundary), self.enters)
 
 
 class Objective(Protocol):
@@ -69,7 +82,7 @@ class CrossEntropyObjective(ABC):
     def corrupt(self, batch: Batch) -> Example: ...
 
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
-        hidden = rack.hidden(example.inputs, example.attention_mask)
+        hidden = rack.hidden(example.inputs, example.attention_mask, boundary=example.boundary, enters=example.enters)
         targets = example.targets.flatten()
         return linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, targets, scale, bias=rack.head_bias)
 

@@ -34,7 +34,9 @@ class TrainingCheck:
     def __init__(self, rack: Rack, trained: Mapping[str, nn.Parameter], patience: int) -> None:
         self._trained = dict(trained)
         self._frozen = {
-            f"{part}/{name}": p for part, name, p in rack.part_parameters() if f"{part}/{name}" not in trained
+            f"{part}/{name}": p
+            for part, name, p in rack.part_parameters()
+            if f"{part}/{name}" not in trained and not p.is_meta  # what is away is read only
         }
         self._before = {name: fingerprint(p) for name, p in {**self._trained, **self._frozen}.items()}
         self._waiting = set(self._trained)

@@ -108,6 +108,7 @@ class CheckpointStore:
         self._objects = self.folder / "objects"
         self._verified: set[str] = set()  # hashes of objects this process has written or read whole
         self._latest: dict[str, _Object] = {}  # the parts of the checkpoint last saved or loaded here
+        self._deposits: dict[str, _Object] = {}  # parts that are in the store and not in memory
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints whose manifest is sound and whose objects are there, ascending.
@@ -127,11 +128,13 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         unchanged: Collection[str] = (),
+        deposited: Collection[str] = (),
     ) -> Path:
         """Writes the checkpoint of ``step`` and returns its manifest, then deletes what is no longer kept.
 
         ``unchanged`` names parts that are bit-identical to those of the checkpoint that this store last saved or
         loaded (frozen Stacks): they are not hashed again, provided that this process wrote or read their object.
+        ``deposited`` names parts that are in the store already (``deposit``, ``adopt``) and not among ``parts``.
         ``state`` is JSON with finite numbers and comes back equal. Checkpoints of later steps are deleted: they belong
         to a course of training that this one, resumed before them, has left.
 
@@ -141,7 +144,7 @@ class CheckpointStore:
         text = json.dumps(state, allow_nan=False)
         if json.loads(text) != state:
             raise ValueError("the state of a checkpoint must come back from JSON as it was: no tuples, no integer keys")
-        entries: dict[str, _Object] = {}
+        entries: dict[str, _Object] = {name: self._deposits[name] for name in deposited}
         missing: dict[str, str] = {}  # hash -> a part with that content
         needed_bytes = 0
         try:
@@ -198,6 +201,45 @@ class CheckpointStore:
             raise self._with_advice(error, step) from error
         self._latest = manifest.parts
         return Checkpoint(step, manifest.state, _Parts(self, manifest, torch.device(device)))
+
+    def deposit(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a part that then need not stay in memory: ``withdraw`` reads it, and ``save`` takes its name.
+
+        CheckpointError when it cannot be written.
+        """
+        entry = _hash_part(name, tensors)
+        try:
+            self._make_folders()
+            if not self._holds(entry):
+                write_atomic(self._object_path(entry.sha256), _serialise(name, tensors))
+                self._verified.add(entry.sha256)
+                sync_directory(self._objects)
+        except OSError as error:
+            raise CheckpointError(f"{self._objects}: cannot be written: {error.strerror or error}") from error
+        self._deposits[name] = entry
+
+    def adopt(self, checkpoint: Checkpoint, name: str) -> None:
+        """Makes a part of a loaded checkpoint a deposit, without reading it."""
+        assert isinstance(checkpoint.parts, _Parts)
+        self._deposits[name] = checkpoint.parts.entry(name)
+
+    def withdraw(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a deposit, from its file; hashed when this process reads it for the first time.
+
+        CheckpointError when it is missing or damaged.
+        """
+        entry = self._deposits[name]
+        path = self._object_path(entry.sha256)
+        try:
+            tensors = _read_safetensors(path, entry, check=entry.sha256 not in self._verified)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the weights of {name} cannot be read: {path}: {error}") from error
+        self._verified.add(entry.sha256)
+        return tensors
+
+    def hash_of(self, name: str) -> str:
+        """The sha256 of a deposit's file."""
+        return self._deposits[name].sha256
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps: the run goes back to ``step``. CheckpointError when it cannot."""
@@ -361,6 +403,7 @@ class CheckpointStore:
         except CheckpointError:
             return
         named = {entry.sha256 for manifest in manifests for entry in manifest.parts.values()}
+        named |= {entry.sha256 for entry in self._deposits.values()}
         for path in self._objects.glob("*.safetensors"):
             if path.stem not in named:
                 path.unlink(missing_ok=True)
@@ -388,6 +431,9 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
         if name not in self._manifest.parts:
             raise KeyError(name)
         return self._store._read_part(self._manifest, name, self._device)
+
+    def entry(self, name: str) -> _Object:
+        return self._manifest.parts[name]
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the part
         return name in self._manifest.parts
@@ -475,8 +521,11 @@ def _hash_file(path: Path) -> str | None:
         return None
 
 
-def _read_safetensors(path: Path, entry: _Object) -> dict[str, Tensor]:
-    """The tensors of an object in memory of their own, hashed as they are read. ValueError when it is damaged."""
+def _read_safetensors(path: Path, entry: _Object, check: bool = True) -> dict[str, Tensor]:
+    """The tensors of an object in memory of their own, hashed as they are read. ValueError when it is damaged.
+
+    ``check=False`` leaves the hash out, for an object that this process has read whole before.
+    """
     hasher = hashlib.sha256()
     damaged = "its content does not match its sha256"
     with open(path, "rb") as file:
@@ -510,9 +559,10 @@ def _read_safetensors(path: Path, entry: _Object) -> dict[str, Tensor]:
                 piece = view[first : first + CHUNK_BYTES]
                 if file.readinto(piece) != len(piece):
                     raise ValueError("the file ends too early")
-                hasher.update(piece)
+                if check:
+                    hasher.update(piece)
             buffers.append(buffer)
-    if hasher.hexdigest() != entry.sha256:
+    if check and hasher.hexdigest() != entry.sha256:
         raise ValueError(damaged)
     return {name: buffer.view(dtype).reshape(shape) for (name, dtype, shape, _, _), buffer in zip(layout, buffers)}
 

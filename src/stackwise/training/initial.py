@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 
 from stackwise.config.base import StackWiseConfig, read_yaml
 from stackwise.errors import UserError
-from stackwise.model.architecture import Rack
+from stackwise.growth.adapters import described, restore
+from stackwise.growth.precision import PrecisionManager
+from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore
+from stackwise.training.offload import fill_tensors
 from stackwise.training.rundir import RunDir
 
 _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embedding", "freeze_up_proj")
@@ -82,20 +85,42 @@ def initial_stacks(config: StackWiseConfig) -> tuple[int, ...]:
     return () if checkpoint is None else tuple(checkpoint.state["stacks"])
 
 
-def load_rack_weights(rack: Rack, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a Rack that has the same parts.
+def structure(rack: Rack) -> dict[str, Any]:
+    """What a checkpoint says of a Rack beside its config: the order of its Stacks, their storage and adapters."""
+    return {
+        "stacks": [stack.stack_id for stack in rack.stacks],
+        "precision": PrecisionManager().described(rack),
+        "adapters": described(rack),
+    }
+
+
+def rack_of_checkpoint(
+    checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int, away: Collection[int] = ()
+) -> Rack:
+    """The Rack of a checkpoint, with its weights.
+
+    Args:
+        away: ids of Stacks that stay on the meta device; their adapters are read all the same.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing or has another shape or dtype than the config's.
     """
-    with torch.no_grad():
-        for part, module in rack.parts().items():
-            tensors = checkpoint.part(part)
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if name not in tensors or tensors[name].shape != tensor.shape:
-                    there = tuple(tensors[name].shape) if name in tensors else "nothing"
-                    raise UserError(
-                        f"the checkpoint does not fit the config: {part}/{name} has the shape {tuple(tensor.shape)}, "
-                        f"the checkpoint holds {there}"
-                    )
-                tensor.copy_(tensors[name])
+    with torch.device("meta"):
+        rack = Rack(rack_spec_from_config(config, checkpoint.state["stacks"], vocab_size))
+        PrecisionManager().restore(rack, checkpoint.state.get("precision", {}))
+        restore(rack, checkpoint.state.get("adapters", []))
+    unread = {f"stack.{k}" for k in away}
+    for part, wanted in rack.tensors_by_part().items():
+        if part in unread:
+            continue
+        tensors = checkpoint.part(part) if part in checkpoint.parts else {}
+        for name, tensor in wanted.items():
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                there = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+                raise UserError(
+                    f"the checkpoint does not fit the config: {part}/{name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"the checkpoint holds {there}"
+                )
+        fill_tensors(rack.part_module(part), {name: tensors[name] for name in wanted})
+    return rack

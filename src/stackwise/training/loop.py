@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +19,19 @@ import torch
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import RunError, StoppedBySignal, UserError
 from stackwise.growth.phases import Phase
-from stackwise.growth.rack_builder import grow_rack, set_trainable
-from stackwise.model.architecture import Rack
+from stackwise.growth.precision import PrecisionManager
+from stackwise.growth.rack_builder import prepare_phase
+from stackwise.model.architecture import Rack, Stack
 from stackwise.model.initialisation import generator
+from stackwise.model.linear import linears
 from stackwise.objectives.base import Example, Objective
 from stackwise.objectives.scoring import Validation
 from stackwise.ops.precision import autocast
 from stackwise.training.assertions import TrainingCheck
-from stackwise.training.checkpoints import Checkpoint, CheckpointStore
-from stackwise.training.initial import load_rack_weights
+from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from stackwise.training.initial import structure
 from stackwise.training.memory import PeakMemory
+from stackwise.training.offload import Offload, Source, all_tensors, own_tensors
 from stackwise.training.optimizers import (
     create_optimizer,
     flatten,
@@ -64,6 +68,7 @@ class PhaseRecord:
     validation_loss: float | None = None
     bits_per_byte: float | None = None
     trainable_parameters: int = 0
+    storage: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
 
@@ -138,6 +143,7 @@ class Loop:
         self.tracker = Tracker(run.path if run and config.training.logging.tensorboard else None)
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
         self._saved_frozen: set[str] = set()
+        self.offload = Offload(device)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -147,6 +153,7 @@ class Loop:
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             stack.callback(self.tracker.close)
+            stack.callback(self.offload.close)
             while state.phase < len(self.phases):
                 phase = self.phases[state.phase]
                 if state.phase_step < phase.steps:
@@ -160,20 +167,18 @@ class Loop:
         """The steps of one phase: evaluate, save, step, log."""
         state, training, rack = self.state, self.config.training, self.rack
         started = time.perf_counter()
-        present = {stack.stack_id for stack in rack.stacks}
-        growth = [new for new in phase.growth if new.stack not in present]
-        if growth:
-            grow_rack(rack, growth, phase.stacks, self.config)
-        rack.to(self.device)
+        self._recall(phase)
+        stored = self._store_and_grow(phase)
+        self._place(phase)
         rack.checkpoint_activations(training.activation_checkpointing)
-        set_trainable(rack, phase.trains)
         for module in rack.stacks:
             module._compiled_call_impl = None  # of an earlier phase or run
         if training.compile:
             # Fresh graphs: a compiled graph does not notice that requires_grad changed.
             torch._dynamo.reset()
             for module in rack.stacks:
-                module.compile(dynamic=False)
+                if module.stack_id not in self.offload.away:
+                    module.compile(dynamic=False)
         parameters = trained_parameters(rack)
         optimizer = create_optimizer(parameters.values(), training.optimizer)
         resumed = state.phase_step > 0
@@ -185,7 +190,9 @@ class Loop:
         self._moments = {}
         if not resumed:
             count = sum(p.numel() for p in parameters.values())
-            state.records.append(PhaseRecord(phase.name, phase.stack, phase.steps, trainable_parameters=count))
+            state.records.append(
+                PhaseRecord(phase.name, phase.stack, phase.steps, trainable_parameters=count, storage=stored)
+            )
         record = state.records[-1]
         check = TrainingCheck(rack, parameters, phase.schedule.warmup_steps)
         self.memory.reset()
@@ -292,20 +299,91 @@ class Loop:
             check.after_step()
         return loss_value, norm_value, example.inputs.numel()
 
+    @property
+    def _away_on_disk(self) -> bool:
+        """Whether what is away is in the checkpoint store; else it is in this machine's memory."""
+        return self.store is not None and self.config.training.offload != "host"
+
+    def _recall(self, phase: Phase) -> None:
+        """Brings back the Stacks that train in ``phase``, or change their storage, or are copied."""
+        wanted = phase.trained_stacks | {new.source for new in phase.growth}
+        for stack in self.rack.stacks:
+            stored = PrecisionManager().precision_of(stack)
+            if stack.stack_id in wanted or stored != phase.precision_of(stack.stack_id):
+                self.offload.bring(stack)
+
+    def _place(self, phase: Phase) -> None:
+        """Puts the Rack on the device, and away what the phase does not need there."""
+        away = phase.away(self.config.training.offload)
+        if not self._away_on_disk and self.device.type == "cpu":
+            away = set()  # this machine's memory is the device's
+        for name, module in self.rack.parts().items():
+            if not isinstance(module, Stack):
+                waits = name == "embedding" and phase.cached and not self.rack.tied
+                module.to("cpu" if waits else self.device)
+                continue
+            if module.stack_id not in away:
+                self.offload.bring(module)
+                module.to(self.device)
+                continue
+            for _, layer in linears(module):
+                layer.adapters.to(self.device)
+            if module.stack_id not in self.offload.away:
+                self.offload.send(module, self._source_of(module))
+
+    def _source_of(self, stack: Stack) -> Source:
+        """Writes the tensors of ``stack`` where they wait, and says how they come back."""
+        part, tensors = f"stack.{stack.stack_id}", own_tensors(stack)
+        if self._away_on_disk:
+            assert self.store is not None
+            self.store.deposit(part, tensors)
+            return partial(self.store.withdraw, part)
+        waiting = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if self.device.type == "cuda":
+            waiting = {name: tensor.pin_memory() for name, tensor in waiting.items()}
+        return lambda: waiting
+
+    def _store_and_grow(self, phase: Phase) -> dict[str, Any] | None:
+        """Prepares the Rack; what storing its Stacks in another precision cost: validation loss before and after."""
+        precisions = PrecisionManager()
+        measured: dict[str, Any] = {}
+        changes = {
+            stack.stack_id: phase.precision_of(stack.stack_id)
+            for stack in self.rack.stacks
+            if precisions.precision_of(stack) != phase.precision_of(stack.stack_id)
+        }
+        before = self.state.records[-1].validation_loss if self.state.records else None
+        if changes and before is None and self.validate is not None:
+            before = self.validate(self.rack).loss
+
+        def measure() -> None:
+            after = self.validate(self.rack).loss if self.validate is not None else None
+            precision = {str(k): name for k, name in changes.items()}
+            measured.update(precision=precision, validation_loss_before=before, validation_loss_after=after)
+            if before is not None and after is not None:
+                kinds = ", ".join(sorted(set(changes.values())))
+                self.reporter.note(f"  trunk stored as {kinds}: validation loss {before:.4f} → {after:.4f}")
+
+        self._saved_frozen -= prepare_phase(self.rack, phase, self.config, measure)
+        return measured or None
+
+    def weights_sha256(self) -> str:
+        """Of all weights, those that are away too."""
+        return weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in all_tensors(self.rack, self.offload))
+
     def _save(self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> None:
         if self.store is None:
             return
-        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.rack.parts()}
-        for part, name, tensor in self.rack.part_tensors():
-            parts[part][name] = tensor.detach()
-        frozen = {name for name in parts if name not in phase.trains}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        away = {f"stack.{k}" for k in self.offload.away}
+        deposited = away if self._away_on_disk else set()
+        for part, name, tensor in self.rack.part_tensors() if deposited else all_tensors(self.rack, self.offload):
+            if part not in deposited:
+                parts.setdefault(part, {})[name] = tensor.detach()
+        frozen = set(parts) - {name.partition("/")[0] for name in parameters}
         parts["optimizer"] = flatten(moments_of(optimizer, parameters))
-        state = {
-            "fingerprint": self.fingerprint,
-            "stacks": [stack.stack_id for stack in self.rack.stacks],
-            "run": self.state.to_dict(),
-        }
-        self.store.save(self.state.step, parts, state, unchanged=frozen & self._saved_frozen)
+        state = {"fingerprint": self.fingerprint, **structure(self.rack), "run": self.state.to_dict()}
+        self.store.save(self.state.step, parts, state, unchanged=frozen & self._saved_frozen, deposited=deposited)
         self._saved_frozen = frozen
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -315,7 +393,12 @@ class Loop:
                 "the checkpoint belongs to other settings or other data than this run's; "
                 "config.yaml or the text behind data.path was changed: start a new run"
             )
-        load_rack_weights(self.rack, checkpoint)
+        assert self.store is not None
+        for stack in self.rack.stacks:
+            if any(p.is_meta for p in stack.parameters()):
+                part = f"stack.{stack.stack_id}"
+                self.store.adopt(checkpoint, part)
+                self.offload.send(stack, partial(self.store.withdraw, part))
         self._moments = unflatten(checkpoint.part("optimizer"))
         self.state = RunState.from_dict(checkpoint.state["run"])
         assert self.run is not None and self.store is not None

@@ -20,6 +20,7 @@ from stackwise.config.schema import DataConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, StoppedBySignal, UserError
+from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
 from stackwise.objectives import create_objective
@@ -27,8 +28,8 @@ from stackwise.objectives.scoring import Validation, validate
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
-from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
-from stackwise.training.initial import initial_checkpoint, load_rack_weights
+from stackwise.training.checkpoints import CheckpointStore
+from stackwise.training.initial import initial_checkpoint, rack_of_checkpoint
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
@@ -63,16 +64,8 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
         raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} goes on with its training")
     checkpoint = store.load(step)
     tokenizer = load_tokenizer(run.tokenizer)
-    rack = _rack_of(checkpoint, config, _vocab_size(config, tokenizer))
-    load_rack_weights(rack, checkpoint)
+    rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint.step)
-
-
-def _rack_of(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int) -> Rack:
-    """The Rack with the checkpoint's Stacks in their order, at initial values."""
-    rack = create_rack_from_config(config, n_stacks=0, vocab_size=vocab_size, load_family=False)
-    rack.stacks.extend(create_stack_from_config(k, config) for k in checkpoint.state["stacks"])
-    return rack
 
 
 def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
@@ -168,14 +161,15 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     memory = PeakMemory(planned.device)
     if checkpoint is None:
         if initial is not None:
-            rack = _rack_of(initial, config, planned.vocab_size)
-            load_rack_weights(rack, initial)
+            rack = plain_rack(rack_of_checkpoint(initial, config, planned.vocab_size))
         else:
             rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
             if not planned.phases[0].growth:
                 rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
     else:
-        rack = _rack_of(checkpoint, config, planned.vocab_size)
+        phase = planned.phases[min(checkpoint.state["run"]["phase"], len(planned.phases) - 1)]
+        away = phase.away(training.offload) & set(checkpoint.state["stacks"])
+        rack = rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
     def score(rack: Rack) -> Validation:
@@ -199,7 +193,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         checkpoint=checkpoint,
     )
     state = loop.train()
-    validation = loop.validation or score(rack.to(planned.device))
+    validation = loop.validation or score(rack)
     peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
     summary = {
         "validation": {k: v for k, v in validation.to_dict().items() if k != "tokens"},
@@ -207,7 +201,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         "flops": state.flops,
         "wall_seconds": state.seconds,
         "peak_memory_bytes": max(peaks, default=None),
-        "weights_sha256": weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in rack.part_tensors()),
+        "weights_sha256": loop.weights_sha256(),
         "phases": [asdict(record) for record in state.records],
     }
     run.write_summary(summary)

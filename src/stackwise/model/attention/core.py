@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.cache import LayerCache, positions_of
+from stackwise.model.linear import Linear
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelMeaning, KernelNorm, KernelType, Latents
 from stackwise.ops.attention import attend
 from stackwise.ops.kernels import (
@@ -141,26 +142,26 @@ class CoreAttention(nn.Module):
         D = head_dim + rotary if shared else head_dim  # of a query
         self.qk_dim, self.v_dim = D, v_head_dim or head_dim
 
-        def linear(n_in: int, n_out: int) -> nn.Linear:
-            return nn.Linear(n_in, n_out, bias=bias)
+        def linear(n_in: int, n_out: int) -> Linear:
+            return Linear(n_in, n_out, bias=bias)
 
         # Shared latents: the factors have no bias but where the field gives them one, before a norm (DeepSeek-V3).
         if shared:
             assert r_kv is not None
             if r_q is None:
-                self.q_proj = nn.Linear(d_model, n_heads * D, bias=False)
+                self.q_proj = Linear(d_model, n_heads * D, bias=False)
             else:
                 self.q_a_proj = linear(d_model, r_q)
                 self.q_a_norm = nn.RMSNorm(r_q, eps=LATENT_NORM_EPS)
-                self.q_b_proj = nn.Linear(r_q, n_heads * D, bias=False)
+                self.q_b_proj = Linear(r_q, n_heads * D, bias=False)
             self.kv_a_proj = linear(d_model, r_kv + rotary)
             self.kv_a_norm = nn.RMSNorm(r_kv, eps=LATENT_NORM_EPS)
-            self.kv_b_proj = nn.Linear(r_kv, G * (head_dim + self.v_dim), bias=False)
+            self.kv_b_proj = Linear(r_kv, G * (head_dim + self.v_dim), bias=False)
         elif r_kv is not None:
             assert r_q is not None
-            self.q_a_proj, self.q_b_proj = nn.Linear(d_model, r_q, bias=False), linear(r_q, n_heads * D)
-            self.k_a_proj, self.k_b_proj = nn.Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
-            self.v_a_proj, self.v_b_proj = nn.Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
+            self.q_a_proj, self.q_b_proj = Linear(d_model, r_q, bias=False), linear(r_q, n_heads * D)
+            self.k_a_proj, self.k_b_proj = Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
+            self.v_a_proj, self.v_b_proj = Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
         else:
             self.q_proj, self.k_proj, self.v_proj = (linear(d_model, n * D) for n in (n_heads, G, G))
         self.o_proj = linear(n_heads * self.v_dim, d_model)

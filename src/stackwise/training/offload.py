@@ -1,0 +1,122 @@
+"""Stacks whose weights wait off the device, and come one at a time.
+
+A Stack that is *away* keeps its adapters; its other tensors are on the meta device and are fetched for a forward pass
+(and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from stackwise.model.rack import ADAPTERS, Rack, Stack
+
+Source = Callable[[], Mapping[str, Tensor]]
+
+
+class Offload:
+    """The Stacks that are away from ``device``, and where their tensors are.
+
+    The order in which Stacks are fetched repeats from step to step: after the pair (i, j) the one that followed it last
+    time is read ahead, so at most two Stacks are on their way or in use.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sources: dict[int, Source] = {}
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[Mapping[str, Tensor]]] | None = None
+        self._last: tuple[int | None, int | None] = (None, None)
+        self._follows: dict[tuple[int | None, int | None], int] = {}
+
+    @property
+    def away(self) -> set[int]:
+        """Ids of the Stacks that are away."""
+        return set(self._sources)
+
+    def send(self, stack: Stack, source: Source) -> None:
+        """Drops the tensors of ``stack``, frozen, which ``source`` gives when they are needed."""
+        self._sources[stack.stack_id] = source
+        drop_tensors(stack)
+        stack.fetch = lambda: self._fetch(stack.stack_id)
+
+    def bring(self, stack: Stack) -> None:
+        """Puts the tensors of ``stack`` back on the device, if it is away."""
+        source = self._sources.pop(stack.stack_id, None)
+        if source is None:
+            return
+        self._forget()
+        stack.fetch = None
+        fill_tensors(stack, self._moved(source()))
+
+    def close(self) -> None:
+        """Ends the reading thread; what is away stays away, and can be fetched again."""
+        self._forget()
+        if self._reader is not None:
+            self._reader.shutdown(wait=True)
+        self._reader = None
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _forget(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].result()
+        self._ahead = None
+
+    def _fetch(self, stack: int) -> dict[str, Tensor]:
+        if self._ahead is not None and self._ahead[0] == stack:
+            tensors = self._ahead[1].result()
+            self._ahead = None
+        else:
+            self._forget()
+            tensors = self._sources[stack]()
+        self._follows[self._last] = stack
+        self._last = (self._last[1], stack)
+        following = self._follows.get(self._last)
+        if following in self._sources:
+            assert following is not None
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="offload")
+            self._ahead = (following, self._reader.submit(self._sources[following]))
+        return self._moved(tensors)
+
+
+def own_tensors(stack: Stack) -> dict[str, Tensor]:
+    """Name → tensor of all that goes away with ``stack``: everything but its adapters."""
+    return {name: tensor.detach() for name, tensor in stack.state_dict(keep_vars=True).items() if ADAPTERS not in name}
+
+
+def drop_tensors(module: nn.Module) -> None:
+    """Puts everything but adapters on the meta device."""
+    for name, tensor in list(module.state_dict(keep_vars=True).items()):
+        if ADAPTERS not in name:
+            _set(module, name, tensor.detach().to("meta"), isinstance(tensor, nn.Parameter))
+
+
+def fill_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives ``module`` these tensors in place of those of the same names, without a copy."""
+    there = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        _set(module, name, tensor, isinstance(there[name], nn.Parameter))
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor, parameter: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if parameter:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def all_tensors(rack: Rack, offload: Offload | None = None) -> Iterator[tuple[str, str, Tensor]]:
+    """``Rack.part_tensors``, with those of Stacks that are away; each Stack's are let go before the next one's come."""
+    away = {} if offload is None else {f"stack.{k}": source for k, source in offload._sources.items()}
+    for part, module in rack.parts().items():
+        fetched = dict(away[part]()) if part in away else {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            yield rack.part_of(part, name), name, fetched.get(name, tensor)
