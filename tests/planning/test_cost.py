@@ -8,7 +8,7 @@ from stackwise.growth.curricula import build_phases
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_rack_from_config, create_simple_rack
 from stackwise.objectives import CausalObjective, Example
-from stackwise.planning.cost import ADAM_BYTES, RUNTIME_BYTES, Ledger, measure_step, phase_coster
+from stackwise.planning.cost import ADAM_BYTES, RUNTIME_BYTES, Ledger, measure_step, PhaseCoster
 from stackwise.planning.plan import Plan, plan_phases
 
 V, C, F, H, B, T = 37, 26, 19, 13, 5, 11
@@ -195,7 +195,7 @@ def test_growing_on_a_frozen_trunk_needs_less_memory_than_end_to_end():
 
 def test_the_cost_of_a_phase_is_that_of_its_micro_batches():
     whole, halves = (
-        phase_coster(config("training.strategy=end_to_end", *more), V, None)(
+        PhaseCoster(config("training.strategy=end_to_end", *more), V, None)(
             build_phases(config("training.strategy=end_to_end"))[0]
         )
         for more in ((), (f"training.micro_batch_size={B}",))
@@ -212,7 +212,7 @@ def test_a_given_rack_is_costed_as_it_is_and_left_untouched():
     modes = [m.training for m in wider.modules()]
     settings = config("training.progressive.target_stacks=3", "training.activation_checkpointing=true")
     (phase,) = build_phases(settings, present=(0, 1))
-    cost = phase_coster(settings, V, None, wider)(phase)
+    cost = PhaseCoster(settings, V, None, wider)(phase)
     stacks = 2 * (4 * C * C + 3 * C * 23 + 2 * C) + BLOCK + 2 * C  # those of the Rack, and a new one of the config
     assert cost.parameters == 2 * V * C + C + stacks
     assert [stack.stack_id for stack in wider.stacks] == [0, 1]

@@ -43,13 +43,13 @@ def plan(
         print_json(report.to_dict())
         return
     rows = []
-    for phase, cost in zip(report.phases, report.costs):
+    for phase, cost, flops in zip(report.phases, report.costs, report.phase_flops):
         m = cost.memory()
         share = f"{cost.trainable_parameters:,} / {cost.parameters:,}"
         rows.append(
             [
                 phase.name, str(len(phase.stacks)), _parts(phase.trains), share, f"{phase.steps:,}",
-                f"{phase.steps * report.tokens_per_step:,}", f"{phase.steps * cost.flops:.3g}",
+                f"{phase.steps * report.tokens_per_step:,}", f"{flops:.3g}",
                 *(size(m[k]) for k in ("weights", "gradients", "optimizer", "activations", "logits", "peak")),
             ]
         )  # fmt: skip

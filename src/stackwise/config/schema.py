@@ -6,6 +6,7 @@ The description of a field is its documentation: ``stackwise init`` writes it as
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -403,6 +404,11 @@ class ScheduleConfig(Section):
     span: Literal["run", "phase"] = Field("run", description="Decay once over the whole run, or within every phase")
 
 
+PrecisionName = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
+TRAINABLE_PRECISIONS = ("full", "bfloat16")
+"""Storage of weights that can train: the others are too coarse for an update, or (half) would need loss scaling."""
+
+
 class ProgressiveConfig(Section):
     target_stacks: PositiveInt | None = Field(None, description="Stacks to grow to; null: model.architecture.n_stacks")
     building_mode: Literal["append", "prepend", "interleave"] = Field(
@@ -410,11 +416,19 @@ class ProgressiveConfig(Section):
         description="New Stacks go to the right (append) or to the left (prepend) of the trunk, or (interleave) all at "
         "once between the Stacks of model.initial",
     )
-    trunk_strategy: Literal["frozen", "trainable"] = Field(
-        "trainable", description="What happens to the Stacks already trained when a new one is added"
+    trunk_strategy: Literal["frozen", "qlora", "trainable"] = Field(
+        "trainable",
+        description="The Stacks already trained, when a new one is added: frozen, qlora (frozen, their adapters train; "
+        "see qlora) or trainable",
     )
-    new_stack_precision: Literal["full"] = Field("full", description="full: fp32 weights")
-    trunk_precision: Literal["full"] = Field("full", description="full: fp32 weights")
+    new_stack_precision: PrecisionName = Field(
+        "full",
+        description="How a new Stack's matrices are stored: full (fp32) or bfloat16; the others (half, fp8, int8, nf4, "
+        "nvfp4) freeze them, and the Stack's adapters train (qlora.enabled)",
+    )
+    trunk_precision: PrecisionName = Field(
+        "full", description="How the matrices of a frozen trunk are stored: full, half, bfloat16, fp8, int8, nf4, nvfp4"
+    )
     new_stack_init: Literal["random", "identity", "copy"] = Field(
         "copy", description="copy: of the neighbouring Stack; identity: zero residual outputs"
     )
@@ -429,7 +443,9 @@ class ProgressiveConfig(Section):
     joint_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Share of the budget for a last phase that trains everything"
     )
-    cache_activations: Literal[False] = Field(False, description="Feed new Stacks from disk; not built yet")
+    cache_activations: bool = Field(
+        False, description="append on a frozen trunk: run it once, and feed each new Stack from disk (see cache)"
+    )
     time_interpretation: None = Field(None, description="Of diffusion: depth or input; not built yet")
     training_objective: Literal["clm", "mlm"] = Field(
         "clm", description="clm: next token; mlm: masked tokens (needs bidirectional attention)"
@@ -454,7 +470,74 @@ class MaskingConfig(Section):
 
 
 class QLoRAConfig(Section):
-    enabled: Literal[False] = Field(False, description="LoRA adapters; not built yet")
+    """Low-rank adapters (LoRA 2106.09685, QLoRA 2305.14314) on every linear layer of attention and feed-forward."""
+
+    enabled: bool = Field(False, description="Each Stack gets a stack adapter when it is made")
+    rank: PositiveInt = Field(16, description="Rank of stack adapters")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(16.0, description="Stack adapters count alpha / rank times")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Of what the adapters read")
+    strategy: Literal["simplified", "progressive", "variable"] = Field(
+        "simplified",
+        description="simplified: one rank and alpha; progressive: by the patterns below, from Stack to Stack; "
+        "variable: rank_pattern and alpha_pattern list one number a Stack",
+    )
+    rank_pattern: (
+        Literal["constant", "increasing", "decreasing"] | Annotated[tuple[PositiveInt, ...], BeforeValidator(_tuple)]
+    ) = Field(
+        "constant",
+        description="progressive: of the n Stacks the one with id k gets rank, rank·(k+1)/n (increasing) or "
+        "rank·(n−k)/n (decreasing), rounded up; variable: a list",
+    )
+    alpha_pattern: (
+        Literal["constant", "increasing", "decreasing"]
+        | Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], BeforeValidator(_tuple)]
+    ) = Field("constant", description="progressive: as rank_pattern, not rounded; variable: a list")
+    progressive_enabled: bool = Field(
+        False, description="Each Stack gets a second, progressive adapter when it becomes trunk"
+    )
+    progressive_rank: PositiveInt = Field(8, description="Rank of progressive adapters")
+    progressive_alpha: Annotated[float, Field(gt=0.0)] = Field(
+        8.0, description="Progressive adapters count progressive_alpha / progressive_rank times"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for key in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, key)
+            if self.strategy == "variable" and isinstance(value, str) and value != "constant":
+                raise conflict(key, f"{value!r} is read when strategy is progressive (it is variable): give a list")
+            if self.strategy == "progressive" and not isinstance(value, str):
+                raise conflict(key, "a list is read when strategy is variable (it is progressive)")
+            if self.strategy == "simplified" and value != "constant":
+                raise conflict(key, f"{value!r} is not read when strategy is simplified; set progressive or variable")
+        if self.strategy == "variable" and isinstance(self.rank_pattern, str):
+            raise conflict("rank_pattern", "must list a rank for each Stack when strategy is variable")
+        return self
+
+    def stack_adapter(self, stack_id: int, n_stacks: int) -> tuple[int, float]:
+        """Rank and alpha of the stack adapter of the Stack ``stack_id`` in a Rack that grows to ``n_stacks``."""
+        rank, alpha = _patterned(self.rank, self.rank_pattern, stack_id, n_stacks), self.alpha
+        return max(1, math.ceil(rank - 1e-9)), _patterned(alpha, self.alpha_pattern, stack_id, n_stacks)
+
+
+def _patterned(base: float, pattern: str | tuple[float, ...], k: int, n: int) -> float:
+    """``base`` for Stack k of n: constant, base·(k+1)/n, base·(n−k)/n, or the k-th of a list."""
+    if not isinstance(pattern, str):
+        return pattern[k]
+    return {"constant": base, "increasing": base * (k + 1) / n, "decreasing": base * (n - k) / n}[pattern]
+
+
+class CacheConfig(Section):
+    """Hidden states at a boundary, computed once and read while a Stack trains."""
+
+    dtype: Literal["float32", "bfloat16", "fp8"] = Field(
+        "bfloat16", description="How they are stored; fp8: with a scale for each 128 values of a row"
+    )
+    max_bytes: PositiveInt | None = Field(
+        None, description="Room for the cache; a phase whose batches need more takes fewer of them again and again; "
+        "null: no limit but the disk's"
+    )  # fmt: skip
+    in_memory: bool = Field(False, description="Keep the cache in memory instead of on disk")
 
 
 class CheckpointConfig(Section):
@@ -524,6 +607,12 @@ class TrainingConfig(Section):
     progressive: ProgressiveConfig = ProgressiveConfig()
     masking: MaskingConfig = MaskingConfig()
     qlora: QLoRAConfig = QLoRAConfig()
+    cache: CacheConfig = CacheConfig()
+    offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where frozen Stacks wait: none: on the device; host: in this machine's memory; disk: in the run's "
+        "checkpoint. What is not on the device is brought one Stack at a time, the next one ahead",
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

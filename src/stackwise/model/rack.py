@@ -23,6 +23,9 @@ from stackwise.model.norms import create_norm
 from stackwise.model.spec import AttentionMode, BlockSpec, RackSpec
 from stackwise.ops.rope import rope_rows, rope_table
 
+ADAPTERS = ".adapters."
+"""In the names of low-rank factors; they are parts of their own, ``adapters.<id>``, beside their Stack's."""
+
 RopeTables = Mapping[tuple[int, float], tuple[Tensor, Tensor]]
 
 
@@ -101,6 +104,11 @@ class Stack(nn.Module):
             )
         return self._run_fetched(x, attention_mask, rope, caches)
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Name → tensor of all that is the Stack's own: everything but its adapters."""
+        named = self.state_dict(keep_vars=True).items()
+        return {name: tensor.detach() for name, tensor in named if ADAPTERS not in name}
+
     def _run_fetched(
         self,
         x: Tensor,
@@ -138,10 +146,6 @@ class _Run(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         return self.stack._run(*args)
-
-
-ADAPTERS = ".adapters."
-"""In the names of low-rank factors; they are parts of their own, ``adapters.<id>``, beside their Stack's."""
 
 
 class Stacks(nn.ModuleList):

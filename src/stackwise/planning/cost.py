@@ -8,28 +8,35 @@ multiply-add, attention over all T² pairs.
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import OptimizerConfig
 from stackwise.growth.phases import Phase
+from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
-from stackwise.model.architecture import Rack, Stacks, create_rack_from_config, create_stack_from_config
+from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
+from stackwise.model.linear import LowRank, linears
+from stackwise.model.rack import Block
+from stackwise.model.spec import BlockSpec
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 
 ADAM_BYTES = 8
 """Two fp32 moments a trained parameter."""
+READ_AHEAD = 3
+"""Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:
@@ -103,8 +110,18 @@ that is first used then. Measured at 13 to 17 MiB (docs/log.md)."""
 class PhaseCost:
     """Cost of one optimizer step of a phase; memory in bytes, peak included.
 
-    ``activations`` is what the forward pass keeps for the backward pass of one micro-batch; ``logits`` what the loss
-    adds on top while it runs. The parts need not peak together, so ``peak`` is at most their sum.
+    Attributes:
+        trainable_parameters, parameters: how many; a 4-bit code counts as one.
+        flops: of one step.
+        weights: on the device, adapters and scales included.
+        gradients, optimizer: of what trains.
+        activations: what the forward pass keeps for the backward pass of one micro-batch.
+        logits: what the loss adds on top while it runs. The parts need not peak together, so ``peak`` is at most their
+            sum.
+        peak: of the device's memory while steps run.
+        waiting: bytes of the Stacks that are not on the device.
+        roll_flops: of one batch through each Stack before the boundary where a cached phase enters.
+        cache_bytes: of the activation cache, while it rolls.
     """
 
     trainable_parameters: int
@@ -116,9 +133,13 @@ class PhaseCost:
     activations: int
     logits: int
     peak: int
+    waiting: int = 0
+    roll_flops: tuple[float, ...] = ()
+    cache_bytes: int = 0
 
     def memory(self) -> dict[str, int]:
-        return {k: getattr(self, k) for k in ("weights", "gradients", "optimizer", "activations", "logits", "peak")}
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "waiting")
+        return {name: getattr(self, name) for name in names}
 
 
 def measure_step(
@@ -128,6 +149,8 @@ def measure_step(
     seq_len: int,
     compute_dtype: torch.dtype | None = None,
     runtime: int = 0,
+    optimizer: OptimizerConfig | None = None,
+    enters: int = 0,
 ) -> PhaseCost:
     """Costs a step of ``rack``, whose tensors are fake and whose trainable parameters require gradients.
 
@@ -136,21 +159,24 @@ def measure_step(
         batch_size: sequences in one of them; ``seq_len`` tokens each.
         compute_dtype: of autocast, or ``None``.
         runtime: bytes beside tensors, added to the peak.
+        optimizer: whose state is counted; default AdamW.
+        enters: the boundary at which a hidden state of the whole batch enters, in place of the tokens.
     """
-    parameters = [p for _, _, p in rack.part_parameters()]
-    trained = [p for p in parameters if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    optimizer = ADAM_BYTES * sum(p.numel() for p in trained)
+    parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    state = ADAM_BYTES * sum(p.numel() for p in trained.values())
+    if optimizer is not None:
+        state = ADAM_BYTES * sum(p.numel() for p in trained.values())
+    gradients = sum(_bytes(p) for p in trained.values())
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-    constants = [t for _, _, t in rack.part_tensors() if not isinstance(t, nn.Parameter)]
-    weights += sum(t.numel() * t.element_size() for t in constants)
+    boundary = torch.zeros(batch_size, seq_len, rack.d_model) if enters else None
+    stored = [t for _, _, t in rack.part_tensors()]
     ledger = Ledger()
-    for tensor in (*parameters, *constants, inputs):
+    for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
-            hidden = rack.hidden(inputs)
+            hidden = rack.hidden(inputs, boundary=boundary, enters=enters)
             activations = ledger.live
             forward_peak, ledger.peak = ledger.peak, ledger.live
             loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias)
@@ -158,65 +184,203 @@ def measure_step(
             del hidden
         loss.backward()
         del loss
-    for parameter in parameters:
+    for parameter in trained.values():
         parameter.grad = None
     held = gradients if micro_batches > 1 else 0  # earlier micro-batches' gradients wait while the next one runs
-    moving = max(forward_peak, ledger.peak)
+    entering = 0 if boundary is None else micro_batches * _bytes(boundary)
+    weights = sum(_bytes(t) for t in stored)
     return PhaseCost(
-        trainable_parameters=sum(p.numel() for p in trained),
-        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in trained.values()),
+        parameters=sum(parameters_of(module) for module in rack.parts().values()),
         flops=float(ledger.flops * micro_batches),
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=state,
         activations=activations,
         logits=logits,
-        peak=weights + optimizer + moving + held + runtime,
+        peak=weights + state + max(forward_peak, ledger.peak) + held + entering + runtime,
     )
 
 
-def phase_coster(
-    config: StackWiseConfig,
-    vocab_size: int,
-    compute_dtype: torch.dtype | None,
-    rack: Rack | None = None,
-) -> Callable[[Phase], PhaseCost]:
-    """A function that costs one step of a phase of the run that ``config`` describes; equal phases are costed once.
+@dataclass(frozen=True)
+class _StackFacts:
+    """Of a Stack that runs without gradients: bytes, parameters, FLOPs of one micro-batch, and what it holds then."""
+
+    bytes: int
+    parameters: int
+    flops: int
+    transient: int
+
+
+class PhaseCoster:
+    """Costs one step of a phase of the run that ``config`` describes; what is equal is measured once.
+
+    The Stacks before the first one that needs gradients are measured one by one, since their costs add up, and the rest
+    as a Rack that the hidden state enters.
 
     Args:
-        rack: its parts stand for those of the same name, where given (a Rack that was not made from ``config``); it is
-            only looked at. Stacks that it lacks are those of ``config``.
+        vocab_size, compute_dtype: of the run.
+        rack: the Rack that the run starts from, where that was not made from ``config``; it is only looked at.
+        device: ``cpu`` or another kind; default the one that ``config`` means.
     """
-    training = config.training
-    micro = training.micro_batch_size or training.batch_size
-    runtime = RUNTIME_BYTES if resolve_device(training.device).type == "cpu" else 0
-    known: dict[tuple[tuple[int, ...], tuple[str, ...]], PhaseCost] = {}
 
-    def cost(phase: Phase) -> PhaseCost:
-        key = (phase.stacks, phase.trains)
-        if key not in known:
-            with FakeTensorMode():
-                model = (
-                    create_rack_from_config(config, 0, vocab_size, load_family=False)
-                    if rack is None
-                    else _fake_copy(rack)
-                )
-                there = {stack.stack_id: stack for stack in model.stacks}
-                model.stacks = Stacks(
-                    there[k] if k in there else create_stack_from_config(k, config) for k in phase.stacks
-                )
-                model.checkpoint_activations(training.activation_checkpointing)
-                set_trainable(model, phase.trains)
-                known[key] = measure_step(
-                    model, training.batch_size // micro, micro, training.seq_len, compute_dtype, runtime
-                )
-        return known[key]
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        vocab_size: int,
+        compute_dtype: torch.dtype | None,
+        rack: Rack | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.config, self.compute_dtype = config, compute_dtype
+        self.device = device or resolve_device(config.training.device).type
+        training = config.training
+        self._micro = training.micro_batch_size or training.batch_size
+        self._spec = rack_spec_from_config(config, (), vocab_size) if rack is None else rack.spec
+        self._known: dict[Any, PhaseCost] = {}
+        self._facts: dict[Any, _StackFacts] = {}
+        self._mode = FakeTensorMode()
 
-    return cost
+    def __call__(self, phase: Phase) -> PhaseCost:
+        key = (
+            tuple((self._blocks(k), phase.precision_of(k)) for k in phase.stacks),
+            self._positions(phase, phase.trains),
+            tuple((phase.stacks.index(a.stack), a.kind, a.rank, a.trains) for a in phase.adapters),
+            tuple(sorted(phase.stacks.index(k) for k in self._away(phase))),
+            phase.cached, phase.enters, phase.examples,
+        )  # fmt: skip
+        if key not in self._known:
+            with self._mode:
+                self._known[key] = self._measure(phase)
+        return self._known[key]
+
+    def _positions(self, phase: Phase, trains: tuple[str, ...]) -> tuple[str, ...]:
+        """``trains`` with positions in place of ids: which Stacks they are does not matter."""
+        place = {f"stack.{k}": f"stack@{i}" for i, k in enumerate(phase.stacks)}
+        return tuple(sorted("/".join([place.get(n.split("/")[0], n.split("/")[0]), *n.split("/")[1:]]) for n in trains))
+
+    def _blocks(self, stack: int) -> tuple[BlockSpec, ...]:
+        if stack in self._spec.stack_ids:
+            return self._spec.stacks[self._spec.stack_ids.index(stack)]
+        return stack_spec_from_config(stack, self.config)
+
+    def _away(self, phase: Phase) -> set[int]:
+        offload = self.config.training.offload
+        return phase.away("none" if offload == "host" and self.device == "cpu" else offload)
+
+    def _measure(self, phase: Phase) -> PhaseCost:
+        training = self.config.training
+        needing = phase.trained_stacks | {a.stack for a in phase.adapters if a.trains}
+        first = next((i for i, k in enumerate(phase.stacks) if k in needing), len(phase.stacks))
+        if "embedding" in phase.trains:
+            first = 0
+        away = self._away(phase)
+        before = [self._stack_facts(k, phase) for k in phase.stacks[:first]]
+        rest = phase.stacks[first:]
+        rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+        rack.stacks.extend(self._stack(k, phase) for k in rest)
+        rack.checkpoint_activations(training.activation_checkpointing)
+        adapters = tuple(a for a in phase.adapters if a.stack in rest)
+        set_trainable(rack, phase.trains, adapters)
+        waiting = sum(facts.bytes for k, facts in zip(phase.stacks, before) if k in away)
+        fetched = 0
+        for stack in rack.stacks:
+            if stack.stack_id in away:
+                tensors = stack.own_tensors()
+                fetched = max(fetched, sum(_bytes(t) for t in tensors.values()))
+                stack.fetch = partial(_copies, tensors)
+        embedding = sum(_bytes(t) for t in rack.embedding.state_dict().values())
+        elsewhere = embedding if phase.cached and self.device != "cpu" and not rack.tied else 0
+        micro_batches = training.batch_size // self._micro
+        cost = measure_step(
+            rack, micro_batches, self._micro, training.seq_len, self.compute_dtype,
+            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, 1 if first else 0,
+        )  # fmt: skip
+        suffix_away = sum(
+            sum(_bytes(t) for t in stack.own_tensors().values()) for stack in rack.stacks if stack.stack_id in away
+        )
+        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - suffix_away - elsewhere
+        peak = cost.peak - cost.weights + resident + fetched  # a second Stack is read ahead
+        batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
+        cached = phase.cached
+        if cached:
+            peak += READ_AHEAD * batch if self.device == "cpu" else 0
+        elif before:
+            # Where the Stacks before are in use, the rest holds nothing but its weights and moments.
+            streamed = [facts.bytes for k, facts in zip(phase.stacks, before) if k in away]
+            transient = max(facts.transient for facts in before) + sum(sorted(streamed)[-2:])
+            peak = max(peak, resident + cost.optimizer + cost.gradients * (micro_batches > 1) + transient)
+            peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
+        layout = None
+        if cached:
+            assert phase.examples is not None
+            from stackwise.training.activation_cache import BoundaryLayout
+
+            layout = BoundaryLayout(
+                training.batch_size, training.seq_len, self._spec.d_model, *phase.examples, training.cache.dtype
+            )
+            in_memory = training.cache.in_memory
+            peak += layout.peak_bytes if in_memory and self.device == "cpu" else 0
+        return replace(
+            cost,
+            parameters=cost.parameters + sum(facts.parameters for facts in before),
+            flops=cost.flops + (0 if cached else sum(facts.flops for facts in before) * micro_batches),
+            weights=resident,
+            peak=peak,
+            waiting=waiting + suffix_away + elsewhere,
+            roll_flops=tuple(float(facts.flops * micro_batches) for facts in before) if cached else (),
+            cache_bytes=layout.peak_bytes if layout is not None and not training.cache.in_memory else 0,
+        )
+
+    def _stack(self, stack_id: int, phase: Phase) -> Stack:
+        stack = Stack(stack_id, [Block(spec) for spec in self._blocks(stack_id)])
+        PrecisionManager().store(stack, phase.precision_of(stack_id))
+        for adapter in phase.adapters:
+            if adapter.stack == stack_id:
+                for _, layer in linears(stack):
+                    layer.adapters[adapter.kind] = LowRank(
+                        layer.in_features, layer.out_features, adapter.rank, adapter.alpha, adapter.dropout
+                    )
+        return stack
+
+    def _stack_facts(self, stack_id: int, phase: Phase) -> _StackFacts:
+        adapters = tuple((a.kind, a.rank) for a in phase.adapters if a.stack == stack_id)
+        key = (self._blocks(stack_id), phase.precision_of(stack_id), adapters)
+        if key not in self._facts:
+            rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+            stack = self._stack(stack_id, phase)
+            rack.stacks.append(stack)
+            rack.requires_grad_(False).eval()
+            x = torch.zeros(self._micro, self.config.training.seq_len, rack.d_model)
+            ledger = Ledger()
+            for tensor in (*stack.state_dict().values(), x):
+                ledger.ignore(tensor)
+            with ledger, autocast(torch.device("cpu"), self.compute_dtype):
+                rack.advance(x, 0, 1)
+            stored = sum(_bytes(t) for t in stack.state_dict().values())
+            self._facts[key] = _StackFacts(stored, parameters_of(stack), ledger.flops, ledger.peak + _bytes(x))
+        return self._facts[key]
 
 
-def _fake_copy(rack: Rack) -> Rack:
-    """Within a fake mode, a copy with fake parameters; the real ones are not copied."""
-    fakes: dict[int, Tensor] = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in rack.parameters()}
-    fakes |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in rack.buffers()}
-    return copy.deepcopy(rack, fakes)
+def preparation_flops(phases: Sequence[Phase], costs: Sequence[PhaseCost]) -> list[float]:
+    """FLOPs that come before the steps of each phase: what fills its cache, from the boundary that is there."""
+    flops, there = [], 0
+    for phase, cost in zip(phases, costs):
+        if not phase.cached:
+            flops.append(0.0)
+            there = 0
+            continue
+        assert phase.examples is not None
+        start = there if there <= phase.enters else 0
+        flops.append(sum(cost.roll_flops[start:]) * phase.examples[1])
+        there = phase.enters
+    return flops
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a fetch of a Stack that is away brings: tensors of their own."""
+    return {name: torch.empty_like(tensor) for name, tensor in tensors.items()}

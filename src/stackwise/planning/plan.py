@@ -16,7 +16,7 @@ from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
 from stackwise.model.lexical import resolve_family
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.planning.cost import ADAM_BYTES, PhaseCost, phase_coster
+from stackwise.planning.cost import ADAM_BYTES, PhaseCost, PhaseCoster, preparation_flops
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class Planned:
     compute_dtype: torch.dtype | None
     vocab_size: int
 
+    @property
+    def preparation_flops(self) -> list[float]:
+        """FLOPs before the first step of each phase."""
+        return preparation_flops(self.phases, self.costs)
+
 
 def plan_phases(config: StackWiseConfig, vocab_size: int, present: tuple[int, ...] = ()) -> Planned:
     """Plans without data or weights. ``present``: ids of the Stacks that ``model.initial`` brings, left to right."""
     device = resolve_device(config.training.device)
     dtype = resolve_compute_dtype(config.training, device)
-    cost = phase_coster(config, vocab_size, dtype)
+    cost = PhaseCoster(config, vocab_size, dtype)
     phases = build_phases(config, lambda phase: cost(phase).flops, present)
     return Planned(phases, [cost(phase) for phase in phases], device, dtype, vocab_size)
 
@@ -57,7 +62,13 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        return sum(phase.steps * cost.flops for phase, cost in zip(self.phases, self.costs))
+        return sum(self.phase_flops)
+
+    @property
+    def phase_flops(self) -> list[float]:
+        """Of each phase: its steps, and what comes before them."""
+        before = preparation_flops(self.phases, self.costs)
+        return [first + phase.steps * cost.flops for first, phase, cost in zip(before, self.phases, self.costs)]
 
     @property
     def fits(self) -> bool | None:
@@ -74,10 +85,10 @@ class Plan:
                     "steps": phase.steps,
                     "trainable_parameters": cost.trainable_parameters,
                     "memory_bytes": cost.memory(),
-                    "flops": phase.steps * cost.flops,
+                    "flops": flops,
                     "tokens": phase.steps * self.tokens_per_step,
                 }
-                for phase, cost in zip(self.phases, self.costs)
+                for phase, cost, flops in zip(self.phases, self.costs, self.phase_flops)
             ],
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,

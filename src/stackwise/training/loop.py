@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,14 +25,16 @@ from stackwise.growth.rack_builder import prepare_phase
 from stackwise.model.architecture import Rack, Stack
 from stackwise.model.initialisation import generator
 from stackwise.model.linear import linears
-from stackwise.objectives.base import Example, Objective
+from stackwise.objectives.base import Objective
 from stackwise.objectives.scoring import Validation
 from stackwise.ops.precision import autocast
+from stackwise.training.activation_cache import ActivationCache, BoundaryId, BoundaryLayout, UpstreamPart, cache_key
 from stackwise.training.assertions import TrainingCheck
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from stackwise.training.examples import Boundaries, ExampleSource, PhaseExamples
 from stackwise.training.initial import structure
 from stackwise.training.memory import PeakMemory
-from stackwise.training.offload import Offload, Source, all_tensors, own_tensors
+from stackwise.training.offload import Offload, Source, all_tensors
 from stackwise.training.optimizers import (
     create_optimizer,
     flatten,
@@ -46,12 +49,6 @@ from stackwise.training.rundir import RunDir
 from stackwise.training.schedules import lr_ratio
 from stackwise.training.signals import StopRequest
 from stackwise.training.tracking import Tracker
-
-
-class ExampleSource(Protocol):
-    """Gives the example of each step; a pure function of the step where a run is to be resumed."""
-
-    def example(self, step: int) -> Example: ...
 
 
 @dataclass
@@ -103,6 +100,7 @@ class Loop:
         objective: the loss.
         config: batch, optimizer, clipping, logging and checkpoint settings.
         step_flops: true FLOPs of one step of each phase, in order.
+        preparation_flops: of what comes before a phase's first step (filling its cache); default none.
         device, compute_dtype: where and in what products run.
         peak_flops: of the device, for MFU; ``None`` leaves MFU out.
         validate: scores the Rack; ``None`` skips validation.
@@ -130,9 +128,11 @@ class Loop:
         memory: PeakMemory,
         fingerprint: str = "",
         checkpoint: Checkpoint | None = None,
+        preparation_flops: Sequence[float] | None = None,
     ) -> None:
         self.rack, self.phases, self.source, self.objective = rack, list(phases), source, objective
         self.config, self.step_flops = config, step_flops
+        self.preparation_flops = preparation_flops or [0.0] * len(self.phases)
         self.device, self.compute_dtype, self.peak_flops = device, compute_dtype, peak_flops
         self.validate, self.run, self.reporter, self.memory = validate, run, reporter, memory
         self.fingerprint = fingerprint
@@ -144,6 +144,7 @@ class Loop:
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
         self._saved_frozen: set[str] = set()
         self.offload = Offload(device)
+        self.cache: ActivationCache | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -157,13 +158,14 @@ class Loop:
             while state.phase < len(self.phases):
                 phase = self.phases[state.phase]
                 if state.phase_step < phase.steps:
-                    self._run_phase(phase, stop)
+                    with ExitStack() as of_phase:
+                        self._run_phase(phase, stop, of_phase)
                 state.phase += 1
                 if state.phase < len(self.phases):
                     state.phase_step = 0
         return state
 
-    def _run_phase(self, phase: Phase, stop: StopRequest) -> None:
+    def _run_phase(self, phase: Phase, stop: StopRequest, stack: ExitStack) -> None:
         """The steps of one phase: evaluate, save, step, log."""
         state, training, rack = self.state, self.config.training, self.rack
         started = time.perf_counter()
@@ -195,6 +197,10 @@ class Loop:
             )
         record = state.records[-1]
         check = TrainingCheck(rack, parameters, phase.schedule.warmup_steps)
+        if not resumed and phase.cached:
+            state.flops += self.preparation_flops[state.phase]
+            record.flops += self.preparation_flops[state.phase]
+        examples = stack.enter_context(self._examples(phase))
         self.memory.reset()
         self.reporter.phase(self._describe(phase, record), phase.steps, state.phase_step)
         flops = self.step_flops[state.phase]
@@ -204,7 +210,7 @@ class Loop:
             ratio = lr_ratio(phase.schedule, state.phase_step)
             for group in optimizer.param_groups:
                 group["lr"] = training.optimizer.lr * ratio
-            loss, grad_norm, n_tokens = self._step(optimizer, parameters, check)
+            loss, grad_norm, n_tokens = self._step(optimizer, parameters, check, examples)
             state.step += 1
             state.phase_step += 1
             state.tokens += n_tokens
@@ -259,16 +265,25 @@ class Loop:
             if stop and not (last and state.phase == len(self.phases) - 1):
                 raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; its checkpoint is saved")
         self._moments = moments_of(optimizer, parameters)
+        following = self.phases[state.phase + 1 :]
+        if phase.cached and not any(later.cached for later in following):
+            assert self.cache is not None
+            stack.close()
+            self.cache.clear()
         self.reporter.note(self._phase_end(record))
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], check: TrainingCheck
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, torch.nn.Parameter],
+        check: TrainingCheck,
+        examples: PhaseExamples,
     ) -> tuple[float, float, int]:
         """One optimizer step: (mean loss of the tokens that count, gradient norm, tokens read)."""
         training, state = self.config.training, self.state
         if self.rack.has_dropout:
             torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
-        example = self.source.example(state.step)
+        example = examples.next()
         count = example.n_targets  # before it moves to the device, which would have to be waited for
         if count == 0:
             raise RunError(f"step {state.step}: no token of the batch counts in the loss; raise batch_size or seq_len")
@@ -304,6 +319,56 @@ class Loop:
         """Whether what is away is in the checkpoint store; else it is in this machine's memory."""
         return self.store is not None and self.config.training.offload != "host"
 
+    def _examples(self, phase: Phase) -> PhaseExamples:
+        """The examples of what is left of ``phase``, its cache filled."""
+        state = self.state
+        if phase.examples is not None and not self.source.repeatable:
+            raise UserError(
+                "training.progressive.cache_activations: true needs batches that can be taken again; "
+                "give a ProgressiveDataLoader, or set it to false"
+            )
+        if not phase.enters:
+            return PhaseExamples(self.source, phase, state.phase_step, state.step)
+        compute = Boundaries(self.rack, self.source, self.config, self.device, self.compute_dtype, self.offload)
+        cached = None
+        if phase.cached:
+            cache, ids = self._cache(phase)
+            count = cache.layout.count
+
+            def progress(boundary: int, batch: int) -> None:
+                self.reporter.work(f"activations at boundary {boundary}", batch - cache.layout.first, count)
+
+            cached = compute.prepared(cache, ids, progress)
+        return PhaseExamples(self.source, phase, state.phase_step, state.step, compute, cached)
+
+    def _cache(self, phase: Phase) -> tuple[ActivationCache, list[BoundaryId]]:
+        """The cache, and the boundaries 1 … ``enters`` of the Rack as it is."""
+        training = self.config.training
+        assert phase.examples is not None
+        layout = BoundaryLayout(
+            training.batch_size, training.seq_len, self.rack.d_model, *phase.examples, training.cache.dtype
+        )
+        if self.cache is None:
+            in_memory = training.cache.in_memory or self.run is None
+            folder = Path() if self.run is None else self.run.cache
+            self.cache = ActivationCache(folder, layout, limit_bytes=training.cache.max_bytes, in_memory=in_memory)
+        assert self.cache.layout == layout, "phases that share a cache name the same examples"
+        upstream = [UpstreamPart(weights_sha256(self.rack.embedding.state_dict().items()), "full")]
+        ids: list[BoundaryId] = []
+        for stack in list(self.rack.stacks)[: phase.enters]:
+            part = f"stack.{stack.stack_id}"
+            on_disk = stack.stack_id in self.offload.away and self._away_on_disk
+            assert self.store is not None or not on_disk
+            sha256 = self.store.hash_of(part) if on_disk and self.store else weights_sha256(stack.own_tensors().items())
+            adapters = tuple((a.kind, a.rank, a.alpha) for a in phase.adapters if a.stack == stack.stack_id)
+            upstream.append(UpstreamPart(sha256, phase.precision_of(stack.stack_id), adapters))
+            key = cache_key(
+                upstream=upstream, model={}, data_sha256=self.fingerprint, seed=training.seed, corruption={},
+                layout=layout, compute_dtype=str(self.compute_dtype), device=self.device.type,
+            )  # fmt: skip
+            ids.append(BoundaryId(len(ids) + 1, key))
+        return self.cache, ids
+
     def _recall(self, phase: Phase) -> None:
         """Brings back the Stacks that train in ``phase``, or change their storage, or are copied."""
         wanted = phase.trained_stacks | {new.source for new in phase.growth}
@@ -333,7 +398,7 @@ class Loop:
 
     def _source_of(self, stack: Stack) -> Source:
         """Writes the tensors of ``stack`` where they wait, and says how they come back."""
-        part, tensors = f"stack.{stack.stack_id}", own_tensors(stack)
+        part, tensors = f"stack.{stack.stack_id}", stack.own_tensors()
         if self._away_on_disk:
             assert self.store is not None
             self.store.deposit(part, tensors)

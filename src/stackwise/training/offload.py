@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,19 @@ class Offload:
         stack.fetch = None
         fill_tensors(stack, self._moved(source()))
 
+    @contextmanager
+    def holding(self, stack: Stack) -> Iterator[None]:
+        """Keeps a Stack on the device for as long as it is used again and again, wherever it waits otherwise."""
+        source = self._sources.get(stack.stack_id)
+        if source is None:
+            yield
+            return
+        self.bring(stack)
+        try:
+            yield
+        finally:
+            self.send(stack, source)
+
     def close(self) -> None:
         """Ends the reading thread; what is away stays away, and can be fetched again."""
         self._forget()
@@ -83,11 +97,6 @@ class Offload:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="offload")
             self._ahead = (following, self._reader.submit(self._sources[following]))
         return self._moved(tensors)
-
-
-def own_tensors(stack: Stack) -> dict[str, Tensor]:
-    """Name → tensor of all that goes away with ``stack``: everything but its adapters."""
-    return {name: tensor.detach() for name, tensor in stack.state_dict(keep_vars=True).items() if ADAPTERS not in name}
 
 
 def drop_tensors(module: nn.Module) -> None:

@@ -182,6 +182,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         objective,
         config,
         step_flops=[cost.flops for cost in planned.costs],
+        preparation_flops=planned.preparation_flops,
         device=planned.device,
         compute_dtype=planned.compute_dtype,
         peak_flops=peak_flops(planned.device, planned.compute_dtype),

@@ -45,6 +45,8 @@ class ProgressiveDataLoader:
 class TokenSource:
     """The objective's view of a ``ProgressiveDataLoader``."""
 
+    repeatable = True
+
     def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
         self._loader, self._objective = loader, objective
 
@@ -59,6 +61,8 @@ class IterableSource:
     ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
     shifted here. Padded positions never count.
     """
+
+    repeatable = False
 
     def __init__(self, batches: Iterable[Any], objective: Objective) -> None:
         self._batches, self._objective = batches, objective

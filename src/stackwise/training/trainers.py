@@ -14,7 +14,7 @@ from stackwise.growth.rack_builder import ProgressiveRackBuilder
 from stackwise.model.architecture import Rack
 from stackwise.objectives import CausalObjective, Objective, create_objective
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.planning.cost import phase_coster
+from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter, SilentReporter
@@ -57,7 +57,7 @@ class _Trainer:
         if device.type == "cpu" and config.tight_allocator:
             return_freed_memory()
         memory = PeakMemory(device)
-        cost = phase_coster(config, rack.vocab_size, dtype, rack)
+        cost = PhaseCoster(config, rack.vocab_size, dtype, rack)
         present = tuple(stack.stack_id for stack in rack.stacks)
         phases = build_phases(config, lambda phase: cost(phase).flops, present)
         loop = Loop(
@@ -67,6 +67,7 @@ class _Trainer:
             self.objective,
             config,
             step_flops=[cost(phase).flops for phase in phases],
+            preparation_flops=preparation_flops(phases, [cost(phase) for phase in phases]),
             device=device,
             compute_dtype=dtype,
             peak_flops=None,
