@@ -150,7 +150,7 @@ def measure_step(
     compute_dtype: torch.dtype | None = None,
     runtime: int = 0,
     optimizer: OptimizerConfig | None = None,
-    enters: int = 0,
+    entered: bool = False,
 ) -> PhaseCost:
     """Costs a step of ``rack``, whose tensors are fake and whose trainable parameters require gradients.
 
@@ -160,7 +160,7 @@ def measure_step(
         compute_dtype: of autocast, or ``None``.
         runtime: bytes beside tensors, added to the peak.
         optimizer: whose state is counted; default AdamW.
-        enters: the boundary at which a hidden state of the whole batch enters, in place of the tokens.
+        entered: a hidden state of the whole batch enters before the first Stack, in place of the tokens.
     """
     parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -169,14 +169,14 @@ def measure_step(
         state = ADAM_BYTES * sum(p.numel() for p in trained.values())
     gradients = sum(_bytes(p) for p in trained.values())
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-    boundary = torch.zeros(batch_size, seq_len, rack.d_model) if enters else None
+    boundary = torch.zeros(batch_size, seq_len, rack.d_model) if entered else None
     stored = [t for _, _, t in rack.part_tensors()]
     ledger = Ledger()
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
-            hidden = rack.hidden(inputs, boundary=boundary, enters=enters)
+            hidden = rack.hidden(inputs, boundary=boundary)
             activations = ledger.live
             forward_peak, ledger.peak = ledger.peak, ledger.live
             loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias)
@@ -294,7 +294,7 @@ class PhaseCoster:
         micro_batches = training.batch_size // self._micro
         cost = measure_step(
             rack, micro_batches, self._micro, training.seq_len, self.compute_dtype,
-            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, 1 if first else 0,
+            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, first > 0,
         )  # fmt: skip
         suffix_away = sum(
             sum(_bytes(t) for t in stack.own_tensors().values()) for stack in rack.stacks if stack.stack_id in away
