@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,8 @@ from torch import nn
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.growth.adapters import adapters_of, add_adapter, plain_state
-from stackwise.growth.phases import Adapter, Growth, Phase
+from stackwise.growth.adapters import adapters_of, add_adapter, described, plain_state, restore
+from stackwise.growth.phases import Adapter, AdapterKind, Growth, Phase
 from stackwise.growth.precision import PrecisionManager
 from stackwise.model.architecture import Rack, Stack, Stacks, create_rack_from_config, create_stack_from_config
 from stackwise.model.initialisation import RESIDUAL_OUTPUTS
@@ -214,6 +216,22 @@ class ProgressiveRackBuilder:
         newest = max(stack.stack_id for stack in self.rack.stacks)
         set_trainable(self.rack, {f"stack.{newest}", "norm", "head"} & set(self.rack.parts()))
 
+    def add_adapters(self, kind: AdapterKind = "stack") -> None:
+        """Gives every Stack that has none an adapter of this kind, with the rank that ``training.qlora`` says."""
+        settings, total = self.config.training.qlora, self.config.target_stacks
+        for stack in self.rack.stacks:
+            rank, alpha = settings.stack_adapter(stack.stack_id, total)
+            if kind == "progressive":
+                rank, alpha = settings.progressive_rank, settings.progressive_alpha
+            add_adapter(stack, Adapter(stack.stack_id, kind, rank, alpha, settings.dropout), self.config.training.seed)
+
+    def freeze_all_but_qlora(self) -> None:
+        """Freezes everything but the adapters. ValueError when there are none."""
+        adapters = adapters_of(self.rack)
+        if not adapters:
+            raise ValueError("the Rack has no adapters yet; add_adapters first")
+        set_trainable(self.rack, (), [replace(adapter, trains=True) for adapter in adapters])
+
     def get_rack_info(self) -> dict[str, Any]:
         """Stacks, Blocks and parameters, in all and trainable, and by part."""
         counts: dict[str, dict[str, int]] = {}
@@ -232,10 +250,14 @@ class ProgressiveRackBuilder:
         }
 
     def save_rack(self, path: str | Path) -> None:
-        """Writes all weights to one safetensors file (and the order of the Stacks into its header)."""
-        order = ",".join(str(stack.stack_id) for stack in self.rack.stacks)
+        """Writes all weights, as they are stored, to one safetensors file; its header says which Stacks there are."""
+        header = {
+            "stacks": ",".join(str(stack.stack_id) for stack in self.rack.stacks),
+            "precision": json.dumps(PrecisionManager().described(self.rack)),
+            "adapters": json.dumps(described(self.rack)),
+        }
         tensors = {f"{part}/{name}": t.detach() for part, name, t in self.rack.part_tensors()}
-        save_weights(path, tensors, {"stacks": order})
+        save_weights(path, tensors, header)
 
     def load_rack(self, path: str | Path) -> Rack:
         """Replaces the Rack by the one in ``path``. Raises ``UserError`` when it does not fit the config."""
@@ -245,6 +267,8 @@ class ProgressiveRackBuilder:
         order = [int(k) for k in metadata["stacks"].split(",") if k]
         rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size, load_family=False)
         rack.stacks = Stacks(create_stack_from_config(k, self.config) for k in order)
+        PrecisionManager().restore(rack, json.loads(metadata.get("precision", "{}")))
+        restore(rack, json.loads(metadata.get("adapters", "[]")))
         own = {f"{part}/{name}": t for part, name, t in rack.part_tensors()}
         _copy_into(own, tensors, path)
         self.rack = rack

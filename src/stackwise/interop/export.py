@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import RunError, UserError
+from stackwise.growth.adapters import adapters_of, plain_rack
+from stackwise.growth.precision import PrecisionManager
 from stackwise.interop.families import Entry, choose_family
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
@@ -48,8 +51,10 @@ def export_run(
 
 
 def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int) -> dict[str, Any]:
-    """As ``export_run``, for a Rack at hand."""
+    """As ``export_run``, for a Rack at hand; adapters are merged and matrices written in fp32, in a copy of it."""
     out = _new_folder(out)
+    if adapters_of(rack) or PrecisionManager().described(rack):
+        rack = plain_rack(copy.deepcopy(rack))
     # Adapted embeddings are one table to whoever reads the model.
     spec = replace(rack.spec, embedding_dim=None, adapter_hidden_dim=None, freeze_embeddings=False)
     max_tokens = spec.learned_positions or max_tokens
