@@ -247,12 +247,26 @@ class PhaseCoster:
             self._positions(phase, phase.trains),
             tuple((phase.stacks.index(a.stack), a.kind, a.rank, a.trains) for a in phase.adapters),
             tuple(sorted(phase.stacks.index(k) for k in self._away(phase))),
-            phase.cached, phase.enters, phase.examples,
+            phase.cached, phase.enters,
         )  # fmt: skip
         if key not in self._known:
             with self._mode:
                 self._known[key] = self._measure(phase)
-        return self._known[key]
+        return self._with_cache(self._known[key], phase)
+
+    def _with_cache(self, cost: PhaseCost, phase: Phase) -> PhaseCost:
+        """``cost`` with the room that the activation cache of the phase's examples takes, on disk or in memory."""
+        if not phase.cached or phase.examples is None:
+            return cost
+        from stackwise.training.activation_cache import BoundaryLayout
+
+        training = self.config.training
+        layout = BoundaryLayout(
+            training.batch_size, training.seq_len, self._spec.d_model, *phase.examples, training.cache.dtype
+        )
+        if not training.cache.in_memory:
+            return replace(cost, cache_bytes=layout.peak_bytes)
+        return replace(cost, peak=cost.peak + (layout.peak_bytes if self.device == "cpu" else 0))
 
     def _positions(self, phase: Phase, trains: tuple[str, ...]) -> tuple[str, ...]:
         """``trains`` with positions in place of ids: which Stacks they are does not matter."""
@@ -311,16 +325,6 @@ class PhaseCoster:
             transient = max(facts.transient for facts in before) + sum(sorted(streamed)[-2:])
             peak = max(peak, resident + cost.optimizer + cost.gradients * (micro_batches > 1) + transient)
             peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
-        layout = None
-        if cached:
-            assert phase.examples is not None
-            from stackwise.training.activation_cache import BoundaryLayout
-
-            layout = BoundaryLayout(
-                training.batch_size, training.seq_len, self._spec.d_model, *phase.examples, training.cache.dtype
-            )
-            in_memory = training.cache.in_memory
-            peak += layout.peak_bytes if in_memory and self.device == "cpu" else 0
         return replace(
             cost,
             parameters=cost.parameters + sum(facts.parameters for facts in before),
@@ -329,7 +333,6 @@ class PhaseCoster:
             peak=peak,
             waiting=waiting + suffix_away + elsewhere,
             roll_flops=tuple(float(facts.flops * micro_batches) for facts in before) if cached else (),
-            cache_bytes=layout.peak_bytes if layout is not None and not training.cache.in_memory else 0,
         )
 
     def _stack(self, stack_id: int, phase: Phase) -> Stack:

@@ -20,7 +20,7 @@ import torch
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import RunError, StoppedBySignal, UserError
 from stackwise.growth.phases import Phase
-from stackwise.growth.precision import PrecisionManager
+from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import prepare_phase
 from stackwise.model.architecture import Rack, Stack
 from stackwise.model.initialisation import generator
@@ -477,8 +477,8 @@ class Loop:
         self.tracker.log(metrics)
 
     def _describe(self, phase: Phase, record: PhaseRecord) -> str:
-        total = sum(p.numel() for p in self.rack.parameters())
-        how = ""
+        total = sum(parameters_of(module) for module in self.rack.parts().values())
+        how = f", from the cache at boundary {phase.enters}" if phase.cached else ""
         for new in phase.growth if len(phase.stacks) > 1 else ():
             source = f" of stack {new.source}" if new.source is not None else ""
             how += f", new stack {new.stack}: {new.init}{source}"
