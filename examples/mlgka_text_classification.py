@@ -62,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "simple": Recipe(1000, 256, 1024, 1, None, 0.2, 1e-3, 3e-3, 4, 0.3),
-    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 3e-4, 1e-2, 6, 0.2, first_epochs=4),
+    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 2e-4, 3e-3, 6, 0.2, first_epochs=5),
 }
 
 

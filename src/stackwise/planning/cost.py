@@ -30,6 +30,7 @@ from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, sta
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.rack import Block
 from stackwise.model.spec import BlockSpec
+from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 
@@ -258,8 +259,6 @@ class PhaseCoster:
         """``cost`` with the room that the activation cache of the phase's examples takes, on disk or in memory."""
         if not phase.cached or phase.examples is None:
             return cost
-        from stackwise.training.activation_cache import BoundaryLayout
-
         training = self.config.training
         layout = BoundaryLayout(
             training.batch_size, training.seq_len, self._spec.d_model, *phase.examples, training.cache.dtype

@@ -13,14 +13,9 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.growth.phases import Phase
 from stackwise.model.rack import Rack, Stack
 from stackwise.objectives.base import Example
+from stackwise.ops.boundary import round_boundary
 from stackwise.ops.precision import autocast
-from stackwise.training.activation_cache import (
-    ActivationCache,
-    BoundaryId,
-    BoundaryReader,
-    CachedBoundary,
-    round_boundary,
-)
+from stackwise.training.activation_cache import ActivationCache, BoundaryId, BoundaryReader, CachedBoundary
 from stackwise.training.offload import Offload
 
 
@@ -161,10 +156,10 @@ class Boundaries:
     @torch.no_grad()
     def _embedded(self, number: int) -> Tensor:
         example = self.source.example(number).to(self.device)
+        if example.attention_mask is not None:
+            raise ValueError("a boundary holds whole batches; padded ones (with an attention mask) enter as tokens")
         with autocast(self.device, self.compute_dtype):
-            return torch.cat(
-                [self.rack.embed(micro.inputs, micro.attention_mask) for micro in example.micro_batches(self._micro)]
-            )
+            return torch.cat([self.rack.embed(micro.inputs) for micro in example.micro_batches(self._micro)])
 
     @torch.no_grad()
     def _advanced(self, position: int, x: Tensor) -> Tensor:

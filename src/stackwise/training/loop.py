@@ -27,8 +27,9 @@ from stackwise.model.initialisation import generator
 from stackwise.model.linear import linears
 from stackwise.objectives.base import Objective
 from stackwise.objectives.scoring import Validation
+from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.precision import autocast
-from stackwise.training.activation_cache import ActivationCache, BoundaryId, BoundaryLayout, UpstreamPart, cache_key
+from stackwise.training.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
 from stackwise.training.assertions import TrainingCheck
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from stackwise.training.examples import Boundaries, ExampleSource, PhaseExamples
