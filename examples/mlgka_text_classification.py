@@ -4,6 +4,9 @@
     python examples/mlgka_text_classification.py --train train.tsv --validation validation.tsv --attention all
 
 Files are .tsv (a header, then sentence<TAB>label) or .jsonl (objects with text and label); labels are 0, 1, ….
+A text longer than a window is read window by window: training takes a few of them, drawn anew in every epoch, and the
+class of a text is that of the mean of its windows' logits.
+
 Two models: ``simple`` (one layer of width 256, 1.2 M parameters with two classes) and ``classifier`` (six layers of
 width 512 with learned positions, 26.7 M parameters). Words, or word pieces, are learnt from the training file alone.
 """
@@ -15,6 +18,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import NoReturn
@@ -41,7 +45,11 @@ ATTENTIONS = ("mlgka", "gpt_style", "bert_style")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a model and how it is trained: ``first_epochs`` of the ``epochs`` with its first Block alone."""
+    """Sizes of a model and how it is trained.
+
+    ``first_epochs`` of the ``epochs`` train its first Block alone. ``window`` is in tokens; of a longer text an epoch
+    takes ``windows_of_a_text``.
+    """
 
     vocab_size: int
     d_model: int
@@ -54,6 +62,8 @@ class Recipe:
     epochs: int
     word_dropout: float
     first_epochs: int = 0
+    window: int = 128
+    windows_of_a_text: int = 2
     batch_size: int = 32
     weight_decay: float = 0.05
     n_heads: int = 8
@@ -155,14 +165,37 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def accuracy(model: torch.nn.Module, ids: list[list[int]], labels: torch.Tensor) -> float:
+def windows(ids: list[list[int]], size: int) -> tuple[list[list[int]], np.ndarray]:
+    """All windows of all texts, of like length within a text, and the text of each."""
+    parts, owners = [], []
+    for i, row in enumerate(ids):
+        n = -(-len(row) // size)
+        edges = [len(row) * k // n for k in range(n + 1)]
+        parts += [row[a:b] for a, b in pairwise(edges)]
+        owners += [i] * n
+    return parts, np.array(owners)
+
+
+def some_windows(owners: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+    """Indices of ``most`` windows of each text at most, drawn with ``generator``."""
+    order = generator.permutation(len(owners))
+    _, place, counts = np.unique(owners[order], return_inverse=True, return_counts=True)
+    within = np.empty(len(order), dtype=int)
+    within[np.argsort(place, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
+    return order[within < most]
+
+
+def accuracy(model: torch.nn.Module, ids: list[list[int]], labels: torch.Tensor, window: int) -> float:
     model.eval()
-    right = 0
+    parts, owners = windows(ids, window)
+    scores: torch.Tensor | None = None
     with torch.no_grad():
-        for group in batches(ids, 64, None):
-            chosen = model(*padded([ids[i] for i in group])).argmax(-1)
-            right += int((chosen == labels[group]).sum())
-    return right / len(ids)
+        for group in batches(parts, 64, None):
+            logits = model(*padded([parts[i] for i in group]))
+            scores = torch.zeros(len(ids), logits.shape[1]) if scores is None else scores
+            scores.index_add_(0, torch.from_numpy(owners[group]), logits)
+    assert scores is not None
+    return float((scores.argmax(-1) == labels).float().mean())
 
 
 def train(
@@ -183,7 +216,9 @@ def train(
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    per_epoch = len(batches(data[0], recipe.batch_size, order))
+    parts, owners = windows(data[0], recipe.window)
+    counts = np.minimum(np.bincount(owners), recipe.windows_of_a_text)
+    per_epoch = -(-int(counts.sum()) // recipe.batch_size)
     total, warmup = recipe.epochs * per_epoch, max(1, recipe.epochs * per_epoch // 16)
     print(f"{attention}: {count:,} parameters, {total} steps", file=sys.stderr)
     waiting = list(model.blocks)[1:] if recipe.first_epochs else []
@@ -196,21 +231,23 @@ def train(
             waiting, joined = [], step
             averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         model.train()
-        for group in batches(data[0], recipe.batch_size, order):
+        drawn = some_windows(owners, recipe.windows_of_a_text, order)
+        for group in batches([parts[i] for i in drawn], recipe.batch_size, order):
+            chosen = drawn[group]
             rate = min(1.0, (step - joined + 1) / warmup) * (total - step) / total
             for group_ in optimizer.param_groups:
                 group_["lr"] = group_.get("rate", recipe.lr) * rate
-            ids, mask = padded([data[0][i] for i in group])
+            ids, mask = padded([parts[i] for i in chosen])
             hidden = (torch.rand(ids.shape) < recipe.word_dropout) & mask
             logits = model(ids.masked_fill(hidden, UNKNOWN), mask)
-            loss = F.cross_entropy(logits, labels[0][group], label_smoothing=0.1)
+            loss = F.cross_entropy(logits, labels[0][owners[chosen]], label_smoothing=0.1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             averaged.update_parameters(model)
             step += 1
-        scores.append(accuracy(averaged, data[1], labels[1]))
+        scores.append(accuracy(averaged, data[1], labels[1], recipe.window))
         seconds = time.perf_counter() - start
         print(f"  epoch {epoch + 1}: accuracy {scores[-1]:.4f}, {seconds:.0f} s", file=sys.stderr)
     return {
@@ -249,8 +286,7 @@ def main() -> None:
     else:
         sets = [(texts, labels), read(options.validation, max(labels) + 1)]
     tokenizer = learn_tokens(sets[0][0], recipe.vocab_size)
-    limit = recipe.max_positions or 512
-    data = tuple([row.ids[:limit] or [UNKNOWN] for row in tokenizer.encode_batch(part)] for part, _ in sets)
+    data = tuple([row.ids or [UNKNOWN] for row in tokenizer.encode_batch(part)] for part, _ in sets)
     targets = tuple(torch.tensor(part) for _, part in sets)
     kinds = ATTENTIONS if options.attention == "all" else (options.attention,)
     results = [train(recipe, kind, data, targets, options.seed) for kind in kinds]

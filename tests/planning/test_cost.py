@@ -8,7 +8,7 @@ from stackwise.growth.curricula import build_phases
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_rack_from_config, create_simple_rack
 from stackwise.objectives import CausalObjective, Example
-from stackwise.planning.cost import ADAM_BYTES, RUNTIME_BYTES, Ledger, measure_step, PhaseCoster
+from stackwise.planning.cost import ADAM_BYTES, RUNTIME_BYTES, Ledger, PhaseCoster, measure_step
 from stackwise.planning.plan import Plan, plan_phases
 
 V, C, F, H, B, T = 37, 26, 19, 13, 5, 11
