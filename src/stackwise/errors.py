@@ -15,3 +15,7 @@ class RunError(RuntimeError):
 
 class StoppedBySignal(RuntimeError):
     """A signal stopped the run after a resumable checkpoint was saved. Commands exit with code 3."""
+
+
+STOPPED = 3
+"""The exit code of ``StoppedBySignal``."""

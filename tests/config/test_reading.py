@@ -79,7 +79,8 @@ OUT_OF_RANGE = [
     ("data: {tokenizer: {vocab_size: 3}}", "data.tokenizer.vocab_size: 3 is out of range; must be at least 260"),
     (
         "training: {progressive: {trunk_strategy: frozn}}",
-        "training.progressive.trunk_strategy: 'frozn' is not allowed; allowed: frozen, trainable; did you mean frozen?",
+        "training.progressive.trunk_strategy: 'frozn' is not allowed; allowed: frozen, qlora, trainable; did you mean "
+        "frozen?",
     ),
     (
         "training: {device: gpu}",
@@ -92,10 +93,6 @@ OUT_OF_RANGE = [
     (
         "model: {tokenizer_embedding: {family: f, adapter_hidden_dim: 0}}",
         "model.tokenizer_embedding.adapter_hidden_dim: 0 is out of range; must be at least 1 or null",
-    ),
-    (
-        "training: {qlora: {enabled: true}}",
-        "training.qlora.enabled: true is not allowed; allowed: false (LoRA adapters; not built yet)",
     ),
 ]
 IMPOSSIBLE = [
@@ -190,7 +187,54 @@ IMPOSSIBLE = [
     (
         "model: {tie_embeddings: true}\ntraining: {progressive: {trunk_strategy: frozen}}",
         "model.tie_embeddings: true cannot go with training.progressive.trunk_strategy: frozen, since training the "
-        "head would change what the frozen trunk reads; set it to false, or the trunk to trainable",
+        "head would change what the trunk reads; set it to false, or the trunk to trainable",
+    ),
+    (
+        "training: {progressive: {trunk_strategy: qlora}}",
+        "training.progressive.trunk_strategy: 'qlora' trains adapters, and there are none; set training.qlora.enabled or "
+        "training.qlora.progressive_enabled to true",
+    ),
+    (
+        "training: {progressive: {trunk_precision: nf4}}",
+        "training.progressive.trunk_precision: 'nf4' is of a frozen trunk, but trunk_strategy is trainable; "
+        "set trunk_strategy: frozen or qlora, or trunk_precision: full",
+    ),
+    (
+        "training: {progressive: {new_stack_precision: int8}}",
+        "training.progressive.new_stack_precision: 'int8' cannot train; allowed: full, bfloat16, or set "
+        "training.qlora.enabled: true, whose adapters train",
+    ),
+    (
+        "training: {progressive: {cache_activations: true}}",
+        "training.progressive.cache_activations: true needs Stacks appended to a frozen trunk: what is cached would "
+        "change with a trunk that trains, or with Stacks that join before it; set trunk_strategy: frozen and "
+        "building_mode: append",
+    ),
+    (
+        "training: {offload: disk}",
+        "training.offload: 'disk' is of frozen Stacks, but trunk_strategy is trainable",
+    ),
+    (
+        "training: {qlora: {enabled: true, strategy: variable, rank_pattern: [2, 3, 5]}}",
+        "training.qlora.rank_pattern: has 3 entries for 4 Stacks; give one a Stack",
+    ),
+    (
+        "training: {qlora: {rank_pattern: increasing}}",
+        "training.qlora.rank_pattern: 'increasing' is not read when strategy is simplified; set progressive or "
+        "variable",
+    ),
+    ("training: {strategy: phases}", "training.phases: must list the phases when strategy is phases"),
+    (
+        "training: {strategy: phases, phases: [{add: 1, sweep: left_to_right}]}",
+        "training.phases[0].sweep: an entry has one of add, trains, sweep, unfreeze; here both add and sweep",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1}, {trains: all, cycles: 2}]}",
+        "training.phases[1].cycles: 2 is read beside sweep, not beside trains",
+    ),
+    (
+        "training: {end_to_end_scope: blockwise}",
+        "training.end_to_end_scope: 'blockwise' is read when strategy is end_to_end (it is progressive)",
     ),
     (
         "training: {max_steps: 3, max_tokens: 1e6}",

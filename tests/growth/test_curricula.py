@@ -1,6 +1,7 @@
 """Phases as tables: no tensor is made here."""
 
 import pytest
+import yaml
 
 from stackwise.config import StackWiseConfig
 from stackwise.errors import UserError
@@ -215,3 +216,126 @@ def test_a_budget_too_small_for_some_phase_is_the_users_error(limit):
 def test_optimizer_state_is_that_of_the_config():
     phases = grown("training.progressive.optimizer_state=reset", "training.progressive.joint_fraction=0.3")
     assert {p.optimizer_state for p in phases} == {"reset"}
+
+
+PHASES = "training.strategy=phases"
+ALL = ("embedding", "stack.0", "stack.1", "stack.2", "norm", "head")
+
+
+def listed(*entries, **kwargs):
+    more = kwargs.pop("more", ())
+    text = "[" + ", ".join(entries) + "]"
+    # Both at once: a list without the strategy, or the strategy without a list, is refused.
+    data = config(**kwargs).to_dict()
+    data["training"] |= {"strategy": "phases", "phases": yaml.safe_load(text)}
+    return build_phases(StackWiseConfig.from_dict(data).override(more))
+
+
+def test_scopes_of_end_to_end_train_one_unit_after_another_in_a_whole_rack():
+    stackwise = build_phases(config("training.strategy=end_to_end", "training.end_to_end_scope=stackwise"))
+    assert table(stackwise) == [
+        ("sweep 1, stack 0", (0, 1, 2), ("embedding", "stack.0", "norm", "head"), 10),
+        ("sweep 1, stack 1", (0, 1, 2), ("stack.1", "norm", "head"), 10),
+        ("sweep 1, stack 2", (0, 1, 2), ("stack.2", "norm", "head"), 11),
+    ]
+    blocks = "model.architecture.blocks_per_stack=[1,2,1]"
+    blockwise = build_phases(config("training.strategy=end_to_end", "training.end_to_end_scope=blockwise", blocks))
+    assert [p.trains[-3] for p in blockwise] == [
+        "stack.0/blocks.0", "stack.1/blocks.0", "stack.1/blocks.1", "stack.2/blocks.0",
+    ]  # fmt: skip
+    assert [p.trained_stacks for p in blockwise] == [{0}, {1}, {1}, {2}]
+
+
+def test_a_sweep_over_one_stack_trains_what_end_to_end_does():
+    whole = build_phases(config("training.strategy=end_to_end", n_stacks=1))
+    for cycles in (1, 3):
+        swept = listed("{add: 1, share: 0.1}", f"{{sweep: left_to_right, cycles: {cycles}}}", n_stacks=1)
+        assert {p.trains for p in swept} == {whole[0].trains}
+
+
+def test_sweeps_go_both_ways_in_groups_and_cycles():
+    phases = listed("{add: rest, share: 0.4}", "{sweep: right_to_left, cycles: 2, group: 2, share: 0.6}")
+    assert [(p.name, p.trains) for p in phases[1:3]] == [
+        ("sweep 1, stack 2", ("stack.2", "norm", "head")),
+        ("sweep 1, stacks 0, 1", ("embedding", "stack.0", "stack.1", "norm", "head")),
+    ]
+    assert [p.name for p in phases[3:]] == ["sweep 2, stack 2", "sweep 2, stacks 0, 1"]
+
+
+def test_late_expansion_middle_insertion_and_unfreezing():
+    late = listed("{add: 1, share: 0.8}", "{add: rest, init: copy}")
+    assert [(p.stacks, p.steps) for p in late] == [((0,), 24), ((0, 1, 2), 7)]
+    assert late[1].growth == (Growth(1, "copy", 0), Growth(2, "copy", 0)) and late[1].trains == ALL
+    middle = listed("{add: 2}", "{add: each, at: middle}", n_stacks=5)
+    assert [p.stacks for p in middle] == [(0, 1), (0, 2, 1), (0, 2, 3, 1), (0, 2, 4, 3, 1)]
+    assert [p.growth[0].source for p in middle[1:]] == [0, 2, 2]
+    thaw = listed("{add: rest}", "{unfreeze: right_to_left}")[1:]
+    assert [p.trains[:-2] for p in thaw] == [("stack.2",), ("stack.1", "stack.2"), ALL[:-2]]
+
+
+def test_chosen_stacks_train_together_in_the_order_of_the_rack():
+    phases = listed("{add: rest}", "{trains: [2, 0]}", "{trains: [1, embedding]}", "{trains: all}")
+    assert [p.trains for p in phases[1:]] == [
+        ("stack.0", "stack.2", "norm", "head"), ("embedding", "stack.1", "norm", "head"), ALL,
+    ]  # fmt: skip
+    assert phases[-1].name == "joint"
+
+
+def test_a_trunk_is_stored_while_it_is_frozen_and_in_full_once_it_trains():
+    more = ("training.progressive.trunk_precision=nf4", "training.progressive.trunk_strategy=frozen")
+    phases = listed("{add: each, share: 0.6}", "{trains: [1]}", "{trains: all}", more=more)
+    assert [p.precision for p in phases] == [(), ((0, "nf4"),), ((0, "nf4"), (1, "nf4")), ((0, "nf4"),), ()]
+
+
+def test_each_stack_gets_its_stack_adapter_when_made_and_the_progressive_one_as_trunk():
+    qlora = "{enabled: true, rank: 6, alpha: 3.0, strategy: progressive, rank_pattern: decreasing, "
+    qlora += "alpha_pattern: increasing, progressive_enabled: true, progressive_rank: 2, progressive_alpha: 5.0}"
+    phases = grown(
+        f"training.qlora={qlora}",
+        "training.progressive.trunk_strategy=qlora",
+        "training.progressive.joint_fraction=0.25",
+        "training.max_steps=40",
+    )
+    found = [[(a.stack, a.kind, a.rank, a.alpha, a.trains) for a in p.adapters] for p in phases]
+    assert found[0] == [(0, "stack", 6, 1.0, True)]
+    assert found[1] == [(0, "stack", 6, 1.0, True), (0, "progressive", 2, 5.0, True), (1, "stack", 4, 2.0, True)]
+    last = [
+        (0, "stack", 6, 1.0, True), (0, "progressive", 2, 5.0, True),
+        (1, "stack", 4, 2.0, True), (1, "progressive", 2, 5.0, True), (2, "stack", 2, 3.0, True),
+    ]  # fmt: skip
+    assert found[2] == last and found[3] == last
+    frozen = grown(f"training.qlora={qlora}", FROZEN)
+    assert [[a.trains for a in p.adapters] for p in frozen] == [[True], [False, False, True], [False] * 4 + [True]]
+
+
+def test_a_stack_stored_in_codes_leaves_training_to_its_adapter():
+    phases = grown("training.qlora.enabled=true", FROZEN, "training.progressive.new_stack_precision=int8")
+    assert [p.trains for p in phases] == [("embedding", "norm", "head"), ("norm", "head"), ("norm", "head")]
+    assert phases[1].precision == ((1, "int8"),) and [a.trains for a in phases[1].adapters] == [False, True]
+
+
+def test_a_cached_run_shares_its_batches_and_enters_before_the_new_stack():
+    cached = (FROZEN, "training.progressive.cache_activations=true")
+    phases = grown(*cached, "training.progressive.phase_fractions=[0.2,0.5,0.3]", "training.max_steps=20")
+    assert [(p.cached, p.enters, p.examples) for p in phases] == [
+        (False, 0, (0, 10)), (True, 1, (0, 10)), (True, 2, (0, 10)),
+    ]  # fmt: skip
+    record = 5 * 7 * 26 * 2 + 4
+    few = grown(*cached, f"training.cache.max_bytes={8 * record + 3000}")
+    assert 1 <= few[0].examples[1] <= 8
+    with pytest.raises(UserError, match=r"training\.cache\.max_bytes: 1000 has no room for one batch"):
+        grown(*cached, "training.cache.max_bytes=1000")
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (["{trains: all}"], r"training\.phases\[0\]: the Rack has no Stack yet"),
+        (["{add: 4}"], r"training\.phases\[0\]\.add: 4, but 3 are left"),
+        (["{add: rest}", "{add: each}"], r"training\.phases\[1\]: 3 Stacks are to be grown"),
+        (["{add: 2}", "{trains: [2]}"], r"training\.phases\[1\]\.trains: there is no Stack 2 then"),
+    ],
+)
+def test_entries_that_cannot_be_are_refused_with_their_number(entries, message):
+    with pytest.raises(UserError, match=message):
+        listed(*entries)

@@ -27,11 +27,11 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from stackwise import __version__
-from stackwise.cli import demo, doctor, eval, export, generate, import_, init, plan, resume, train
+from stackwise.cli import compare, demo, doctor, eval, export, generate, import_, init, plan, recipes, resume, train
 from stackwise.config.legacy import OldKeyWarning
-from stackwise.errors import RunError, StoppedBySignal, UserError
+from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
 
-DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="stackwise",
@@ -67,6 +67,8 @@ app.command(epilog=init.EPILOG)(init.init)
 app.command()(train.train)
 app.command()(resume.resume)
 app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
+app.command(short_help="Train by several recipes at equal FLOPs, side by side.")(compare.compare)
+app.command(short_help="List the named ways to train.")(recipes.recipes)
 app.command("eval")(eval.evaluate)
 app.command()(generate.generate)
 app.command(short_help="Write a run as a folder that transformers loads.")(export.export)

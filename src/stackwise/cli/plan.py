@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
+from stackwise.config.schema import TrainingConfig
 from stackwise.errors import UserError
+
+if TYPE_CHECKING:
+    from stackwise.planning.devices import Machine
+    from stackwise.planning.plan import Plan
+    from stackwise.planning.recommend import Change, Compared
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_bytes(text: str) -> int:
-    """``24GB``, ``16GiB``, ``800M``: bytes. Raises ``UserError``."""
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """``24GB``, ``16GiB``, ``800M``: bytes. Raises ``UserError`` that names ``option``."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)?B?\s*", text.upper())
     if not found:
-        raise UserError(f"--memory: {text!r} is not a size; write for example 24GB, 16GiB or 800MB")
+        raise UserError(f"{option}: {text!r} is not a size; write for example 24GB, 16GiB or 800MB")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
@@ -26,47 +34,176 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="Memory to fit into, for example 24GB (default: this machine's)")
+        str | None, typer.Option("--memory", help="Memory to fit into, for example 24GB (default: the device's)")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", help="Memory beside an accelerator, for what waits there")
+    ] = None,
+    disk: Annotated[str | None, typer.Option("--disk", help="Room for checkpoints and the activation cache")] = None,
+    flops_per_second: Annotated[
+        float | None,
+        typer.Option("--flops-per-second", help="FLOP/s that training reaches (default: a share of the device's)"),
+    ] = None,
+    recipes: Annotated[
+        str | None, typer.Option("--recipes", metavar="A,B,…", help="Compare these recipes, or all")
     ] = None,
     start: From = None,
     as_json: Json = False,
 ) -> None:
-    """Show each phase of a run, and what it will take, before anything runs."""
+    """Show each phase of a run, and what it will take, before anything runs; which recipe fits, and what else would."""
     settings = read_config(config, overrides, start)
-    limit = parse_bytes(memory) if memory is not None else None
-    from stackwise.cli.results import print_json, size, table
-    from stackwise.planning.plan import available_memory, plan_run
+    limits = {
+        name: parse_bytes(text, f"--{name.replace('_', '-')}")
+        for name, text in (("memory", memory), ("host_memory", host_memory), ("disk", disk))
+        if text is not None
+    }
+    if flops_per_second is not None and not flops_per_second > 0:
+        raise UserError(f"--flops-per-second: {flops_per_second:g} is not a rate; write for example 4e14")
+    from stackwise.cli.results import print_json
+    from stackwise.growth.recipes import recipe_names
+    from stackwise.planning.plan import plan_run
+    from stackwise.planning.recommend import best_that_fits, compare_plans, first_change_that_fits
     from stackwise.training.initial import initial_stacks
 
-    report = plan_run(settings, Path.cwd(), limit, initial_stacks(settings))
+    names = None if recipes is None else recipe_names(recipes)
+    machine = replace(_machine(device, settings.training, flops_per_second), **limits)
+    planner = partial(plan_run, folder=Path.cwd(), present=initial_stacks(settings), machine=machine)
+    report = planner(settings)
+    if names is None and report.fits is False:
+        names = recipe_names("all")
+    rows = [] if names is None else compare_plans(settings, names, planner)
+    best, change = best_that_fits(rows), None
+    if report.fits is False and best is None:
+        change = first_change_that_fits(settings, planner, report)
+        leanest = min(
+            (row for row in rows if row.plan is not None),
+            key=lambda row: row.plan.peak_memory_bytes if row.plan else 0,
+            default=None,
+        )
+        if change is None and leanest is not None and leanest.plan is not None:
+            from stackwise.growth.recipes import apply_recipe
+
+            settings = apply_recipe(settings, leanest.recipe)
+            change = first_change_that_fits(settings, planner, leanest.plan, leanest.recipe)
     if as_json:
-        print_json(report.to_dict())
+        result: dict[str, Any] = report.to_dict()
+        if names is not None:
+            result["recipes"] = [row.to_dict() for row in rows]
+            result["recommended"] = None if best is None else best.recipe
+            result["change"] = None if change is None else change.to_dict()
+        print_json(result)
         return
+    _show(report)
+    if names is not None:
+        _show_comparison(rows, best, change, asked=report.fits is False)
+
+
+def _machine(device: str | None, training: TrainingConfig, flops_per_second: float | None) -> Machine:
+    """What ``--device`` says, or this machine, with its speed: given, by its data sheet, or measured."""
+    import torch
+
+    from stackwise.planning.devices import data_sheet_flops, measured_flops, named_machine, this_machine
+
+    machine = this_machine(training, Path.cwd()) if device is None else named_machine(device, training, Path.cwd())
+    if flops_per_second is not None:
+        return replace(machine, flops_per_second=flops_per_second, rate="given")
+    if machine.flops_per_second is not None or not machine.here:
+        return machine
+    rate = data_sheet_flops(machine.device, machine.compute_dtype)
+    if rate is not None:
+        return replace(machine, flops_per_second=rate)
+    rate = measured_flops(machine.device, machine.compute_dtype or torch.float32)
+    return replace(machine, flops_per_second=rate, rate="measured here")
+
+
+def _show(report: Plan) -> None:
+    from stackwise.cli.results import size, table
+    from stackwise.planning.devices import UTILISATION
+
     rows = []
-    for phase, cost, flops in zip(report.phases, report.costs, report.phase_flops):
+    for phase, cost, flops, seconds in zip(report.phases, report.costs, report.phase_flops, report.phase_seconds):
         m = cost.memory()
         share = f"{cost.trainable_parameters:,} / {cost.parameters:,}"
         rows.append(
             [
                 phase.name, str(len(phase.stacks)), _parts(phase.trains), share, f"{phase.steps:,}",
-                f"{phase.steps * report.tokens_per_step:,}", f"{flops:.3g}",
+                f"{phase.steps * report.tokens_per_step:,}", f"{flops:.3g}", _time(seconds),
                 *(size(m[k]) for k in ("weights", "gradients", "optimizer", "activations", "logits", "peak")),
             ]
         )  # fmt: skip
     header = (
-        "phase", "stacks", "trains", "parameters", "steps", "tokens", "FLOPs",
+        "phase", "stacks", "trains", "parameters", "steps", "tokens", "FLOPs", "time",
         "weights", "gradients", "optimizer", "activations", "logits", "peak",
     )  # fmt: skip
     table("", header, rows, stderr=False)
-    where = "of --memory" if limit is not None else f"of {report.device}"
-    budget = limit if limit is not None else available_memory(report.device)
-    print(f"peak memory {size(report.peak_memory_bytes)}, {report.flops:.4g} FLOPs, disk {size(report.disk_bytes)}")
-    if budget is None:
-        print("this device does not say how much memory it has; give --memory to know whether the run fits")
+    total = f"peak memory {size(report.peak_memory_bytes)}, {report.flops:.4g} FLOPs, disk {size(report.disk_bytes)}"
+    if report.host_memory_bytes:
+        total += f", host memory {size(report.host_memory_bytes)}"
+    print(f"{total}, time {_time(report.seconds)}")
+    machine = report.machine
+    assert machine is not None
+    if machine.reached_flops is None or machine.flops_per_second is None:
+        print(f"how fast {machine.name} computes is not known; give --flops-per-second to know how long the run takes")
     else:
-        print(f"fits into {size(budget)} {where}: {'yes' if report.fits else 'no'}")
+        print(
+            f"time is at {machine.reached_flops:.3g} FLOP/s: {UTILISATION[machine.rate]:.0%} of "
+            f"{machine.flops_per_second:.3g} ({machine.rate}, {machine.name})"
+        )
+    if report.limit is None:
+        print("this device does not say how much memory it has; give --memory to know whether the run fits")
+    for what, needed, there in report.needs:
+        if there is not None and needed:
+            print(f"{what}: {size(needed)} of {size(there)}, {'fits' if needed <= there else 'does not fit'}")
     for line in report.notes:
         print(line)
+
+
+def _show_comparison(rows: list[Compared], best: Compared | None, change: Change | None, asked: bool) -> None:
+    from stackwise.cli.results import size, table
+    from stackwise.planning.recommend import PREFERENCE
+
+    shown = []
+    for row in rows:
+        if row.plan is None:
+            shown.append([row.recipe, *"–––––", "refused"])
+            continue
+        plan = row.plan
+        fits = {True: "yes", None: "not known"}.get(plan.fits, "no: " + ", ".join(plan.missing))
+        shown.append(
+            [row.recipe, size(plan.peak_memory_bytes), size(plan.host_memory_bytes), size(plan.disk_bytes),
+             f"{plan.flops:.3g}", _time(plan.seconds), fits]
+        )  # fmt: skip
+    print()
+    table("", ("recipe", "peak memory", "host", "disk", "FLOPs", "time", "fits"), shown, stderr=False)
+    for row in rows:
+        if row.refused is not None:
+            print(f"refused: {row.refused}")
+    if best is not None:
+        print(f"recommended: {best.recipe}: {PREFERENCE.get(best.recipe, 'it fits')}")
+    elif change is not None:
+        whose = "" if change.recipe is None else f"recipe {change.recipe} with "
+        plan = change.plan
+        print(
+            f"no recipe fits as it is; this does: {whose}{' '.join(change.overrides)} "
+            f"(peak memory {size(plan.peak_memory_bytes)}, disk {size(plan.disk_bytes)}, {plan.flops:.3g} FLOPs)"
+        )
+    elif asked:
+        print(
+            "no recipe fits, nor does any change that this command tries; choose a smaller model or shorter sequences"
+        )
+
+
+def _time(seconds: float | None) -> str:
+    """Seconds for people."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _parts(trains: tuple[str, ...]) -> str:

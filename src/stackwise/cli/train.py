@@ -18,13 +18,27 @@ From = Annotated[
 ]
 
 
-def read_config(path: Path, overrides: list[str] | None, start: Path | None) -> StackWiseConfig:
-    """CONFIG with its overrides, and what it takes from the run it starts from."""
-    if start is None:
-        return StackWiseConfig.from_yaml(path, overrides or ())
-    from stackwise.training.initial import config_from_run
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME", help="Train by this recipe (stackwise recipes lists them)")
+]
 
-    return config_from_run(path, start, overrides or ())
+
+def read_config(
+    path: Path, overrides: list[str] | None, start: Path | None, recipe: str | None = None
+) -> StackWiseConfig:
+    """CONFIG by a recipe, with its overrides, and what it takes from the run it starts from."""
+    overrides = overrides or []
+    if start is not None:
+        from stackwise.training.initial import config_from_run
+
+        config = config_from_run(path, start, overrides)
+    else:
+        config = StackWiseConfig.from_yaml(path, overrides)
+    if recipe is None:
+        return config
+    from stackwise.growth.recipes import apply_recipe
+
+    return apply_recipe(config, recipe).override(overrides)
 
 
 def train(
@@ -32,10 +46,11 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")] = Path("runs/train"),
     start: From = None,
+    recipe: RecipeName = None,
     as_json: Json = False,
 ) -> None:
     """Train a model as CONFIG says, into a new run directory."""
-    settings = read_config(config, overrides, start)
+    settings = read_config(config, overrides, start, recipe)
     from stackwise.cli.results import show_summary
     from stackwise.training.progress import console_reporter
     from stackwise.training.run import train_run

@@ -452,6 +452,63 @@ class ProgressiveConfig(Section):
     )
 
 
+class PhaseConfig(Section):
+    """An entry of ``training.phases``: add, trains, sweep or unfreeze. The final norm and the head always train."""
+
+    add: PositiveInt | Literal["rest", "each"] | None = Field(
+        None, description="So many Stacks join; rest: all that are left, at once; each: all that are left, one a phase"
+    )
+    at: Literal["right", "left", "middle", "between"] = Field("right", description="add: where they join")
+    init: Literal["random", "identity", "copy"] | None = Field(
+        None, description="add: null: training.progressive.new_stack_init"
+    )
+    trunk: Literal["frozen", "qlora", "trainable"] | None = Field(
+        None, description="add: what the Stacks that are there do; null: training.progressive.trunk_strategy"
+    )
+    precision: PrecisionName | None = Field(
+        None, description="add: storage of a frozen trunk; null: training.progressive.trunk_precision"
+    )
+    trains: (
+        Literal["all"]
+        | Annotated[
+            tuple[Annotated[int, Field(ge=0)] | Literal["embedding"], ...],
+            BeforeValidator(_tuple),
+        ]
+        | None
+    ) = Field(None, description="all, or a list of Stacks' ids (and embedding) that train together")
+    sweep: Literal["left_to_right", "right_to_left"] | None = Field(
+        None, description="One unit after another trains, the rest frozen"
+    )
+    cycles: PositiveInt = Field(1, description="sweep: how often")
+    unit: Literal["stack", "block"] = Field("stack", description="sweep: stack or block")
+    group: PositiveInt = Field(1, description="sweep: neighbouring Stacks that train together")
+    unfreeze: Literal["right_to_left", "left_to_right"] | None = Field(
+        None, description="The last Stack trains (or the first one), then one more in each phase, then everything"
+    )
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Of the budget; null: an equal part of what the others leave"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        kinds = [key for key in ("add", "trains", "sweep", "unfreeze") if getattr(self, key) is not None]
+        if len(kinds) != 1:
+            what = f"both {kinds[0]} and {kinds[1]}" if kinds else "none of them"
+            raise conflict(
+                kinds[1] if kinds else "add", f"an entry has one of add, trains, sweep, unfreeze; here {what}"
+            )
+        readers = {
+            "at": "add", "init": "add", "trunk": "add", "precision": "add",
+            "cycles": "sweep", "unit": "sweep", "group": "sweep",
+        }  # fmt: skip
+        for key, reader in readers.items():
+            if getattr(self, key) != type(self).model_fields[key].default and reader != kinds[0]:
+                raise conflict(key, f"{getattr(self, key)!r} is read beside {reader}, not beside {kinds[0]}")
+        if self.unit == "block" and self.group != 1:
+            raise conflict("group", f"{self.group} is of Stacks; unit is block")
+        return self
+
+
 class MaskingConfig(Section):
     """Masked language modelling (BERT, 1810.04805 §3.1)."""
 
@@ -564,11 +621,15 @@ DEFAULT_STEPS = 1000
 class TrainingConfig(Section):
     alternatives = ("max_steps", "max_tokens", "max_flops")
 
-    strategy: Literal["progressive", "end_to_end"] = Field(
-        "progressive", description="Grow Stack by Stack, or train the whole Rack from the start"
+    strategy: Literal["progressive", "end_to_end", "phases"] = Field(
+        "progressive",
+        description="progressive: grow Stack by Stack; end_to_end: the whole Rack at once; phases: as phases lists",
     )
-    end_to_end_scope: Literal["rackwise"] = Field(
-        "rackwise", description="rackwise: all Stacks at once (for end_to_end)"
+    end_to_end_scope: Literal["rackwise", "stackwise", "blockwise"] = Field(
+        "rackwise", description="end_to_end: what trains at a time: everything, one Stack after another, one Block"
+    )
+    phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(_tuple)] = Field(
+        (), description="strategy phases: the phases, in order; each adds Stacks, or trains some, or sweeps over all"
     )
     batch_size: PositiveInt = Field(16, description="Sequences in one optimizer step")
     micro_batch_size: PositiveInt | None = Field(
@@ -746,14 +807,7 @@ class StackWiseConfigFields(Section):
                 "model.architecture.blocks_per_stack",
                 f"has {len(blocks)} entries for {self.target_stacks} Stacks; give one a Stack",
             )
-        grows = training.strategy == "progressive" and self.target_stacks > 1
-        first = self.model.initial is None
-        if grows and first and progressive.trunk_strategy == "frozen" and self.model.tie_embeddings:
-            raise conflict(
-                "model.tie_embeddings",
-                "true cannot go with training.progressive.trunk_strategy: frozen, since training the head "
-                "would change what the frozen trunk reads; set it to false, or the trunk to trainable",
-            )
+        self._check_growth()
         if progressive.building_mode == "interleave" and self.model.initial is None:
             raise conflict(
                 "training.progressive.building_mode",
@@ -778,6 +832,70 @@ class StackWiseConfigFields(Section):
                     f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
                 )
         return self
+
+    def _check_growth(self) -> None:
+        """What becomes of the trunk: strategies, storage, adapters, cache."""
+        training, progressive, qlora = self.training, self.training.progressive, self.training.qlora
+        if (training.strategy == "phases") != bool(training.phases):
+            if training.phases:
+                raise conflict("training.phases", f"is read when strategy is phases (it is {training.strategy})")
+            raise conflict("training.phases", "must list the phases when strategy is phases")
+        if training.end_to_end_scope != "rackwise" and training.strategy != "end_to_end":
+            raise conflict(
+                "training.end_to_end_scope",
+                f"{training.end_to_end_scope!r} is read when strategy is end_to_end (it is {training.strategy})",
+            )
+        adding = [entry for entry in training.phases if entry.add is not None]
+        strategies = {entry.trunk or progressive.trunk_strategy for entry in adding}
+        precisions = {entry.precision or progressive.trunk_precision for entry in adding}
+        if training.strategy == "progressive":
+            strategies, precisions = {progressive.trunk_strategy}, {progressive.trunk_precision}
+        if self.target_stacks == 1 and self.model.initial is None:
+            strategies = set()  # no Stack ever is trunk
+        if "qlora" in strategies and not (qlora.enabled or qlora.progressive_enabled):
+            raise conflict(
+                "training.progressive.trunk_strategy",
+                "'qlora' trains adapters, and there are none; set training.qlora.enabled or "
+                "training.qlora.progressive_enabled to true",
+            )
+        if strategies == {"trainable"} and precisions != {"full"}:
+            raise conflict(
+                "training.progressive.trunk_precision",
+                f"{(precisions - {'full'}).pop()!r} is of a frozen trunk, but trunk_strategy is trainable; "
+                "set trunk_strategy: frozen or qlora, or trunk_precision: full",
+            )
+        if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not qlora.enabled:
+            raise conflict(
+                "training.progressive.new_stack_precision",
+                f"{progressive.new_stack_precision!r} cannot train; allowed: {', '.join(TRAINABLE_PRECISIONS)}, or "
+                "set training.qlora.enabled: true, whose adapters train",
+            )
+        first = self.model.initial is None
+        if first and strategies & {"frozen", "qlora"} and self.model.tie_embeddings:
+            raise conflict(
+                "model.tie_embeddings",
+                f"true cannot go with training.progressive.trunk_strategy: {progressive.trunk_strategy}, since "
+                "training the head would change what the trunk reads; set it to false, or the trunk to trainable",
+            )
+        if progressive.cache_activations:
+            append = all(entry.at == "right" for entry in adding) and progressive.building_mode == "append"
+            if strategies - {"frozen"} or not append or training.strategy == "end_to_end":
+                raise conflict(
+                    "training.progressive.cache_activations",
+                    "true needs Stacks appended to a frozen trunk: what is cached would change with a trunk that "
+                    "trains, or with Stacks that join before it; set trunk_strategy: frozen and building_mode: append",
+                )
+        if training.offload != "none" and strategies <= {"trainable"} and training.strategy == "progressive":
+            raise conflict(
+                "training.offload", f"{training.offload!r} is of frozen Stacks, but trunk_strategy is trainable"
+            )
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(qlora, key)
+            if not isinstance(pattern, str) and len(pattern) < self.target_stacks:
+                raise conflict(
+                    f"training.qlora.{key}",
+                    f"has {len(pattern)} entries for {self.target_stacks} Stacks; give one a Stack",
+                )
 
     @property
     def tight_allocator(self) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import ScheduleConfig
+from stackwise.config.schema import TRAINABLE_PRECISIONS, ScheduleConfig
 from stackwise.errors import UserError
-from stackwise.growth.phases import Growth, Phase, Schedule
+from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
+from stackwise.ops.boundary import largest_count
 
 StepFlops = Callable[[Phase], float]
 """True FLOPs of one optimizer step of a phase."""
@@ -30,15 +31,150 @@ class Draft:
     share: float
 
 
-def all_parts(stacks: Sequence[int], has_head: bool) -> tuple[str, ...]:
-    return ("embedding", *(f"stack.{k}" for k in stacks), "norm", *(("head",) if has_head else ()))
+Trunk = Literal["frozen", "qlora", "trainable"]
+Place = Literal["right", "left", "middle", "between"]
+_PLACES: dict[str, Place] = {"append": "right", "prepend": "left", "interleave": "between"}
+
+
+class _Course:
+    """The Rack as one phase after another leaves it, and the phases so far."""
+
+    def __init__(self, config: StackWiseConfig, present: tuple[int, ...]) -> None:
+        self.config, self.stacks = config, present
+        self.drafts: list[Draft] = []
+        self._precision: dict[int, Precision] = {}
+        self._adapters: dict[tuple[int, AdapterKind], Adapter] = {}
+        for k in present:
+            self._give_stack_adapter(k)
+
+    def add(
+        self,
+        group: list[int],
+        share: float,
+        *,
+        at: Place,
+        trunk: Trunk,
+        init: Init,
+        precision: Precision,
+        new_precision: Precision,
+    ) -> None:
+        """The Stacks of ``group`` join and train; ``precision`` is that of a trunk that is frozen (or qlora)."""
+        settings = self.config.training.progressive
+        before, (self.stacks, left_of) = self.stacks, _placed(self.stacks, group, at)
+        growth = tuple(
+            Growth(new, init if left_of[new] is not None else "random", left_of[new] if init == "copy" else None)
+            for new in group
+        )
+        for k in before:
+            self._precision[k] = "full" if trunk == "trainable" else precision
+            self._give_progressive_adapter(k)
+        for k in group:
+            self._precision[k] = new_precision
+            self._give_stack_adapter(k)
+        moving = [k for k in group if new_precision in TRAINABLE_PRECISIONS]
+        everything = trunk == "trainable" or not before
+        trained = [k for k in self.stacks if k in moving or (everything and k in before)]
+        # A trunk reads the embedding, but when the new Stacks stand between them; a tied head is the embedding.
+        embedding = everything or (at == "left" and not self.config.model.tie_embeddings)
+        cached = settings.cache_activations and bool(before) and trunk == "frozen" and at == "right"
+        adapting = set(group) | (set(before) if trunk != "frozen" else set())
+        name = f"stack {group[0]}" if len(group) == 1 else f"stacks {group[0]}–{group[-1]}"
+        self._draft(name, trained, embedding, adapting, share, growth, len(before) if cached else 0)
+
+    def train(self, name: str, trained: Sequence[str], embedding: bool, share: float) -> None:
+        """Stacks that are there train (``stack.<id>``, or one Block of it), in full precision from here on."""
+        ids = {int(part.split("/")[0].removeprefix("stack.")) for part in trained}
+        for k in ids:
+            self._precision[k] = "full"
+        self._draft(name, trained, embedding, ids, share)
+
+    def train_all(self, name: str, share: float) -> None:
+        self.train(name, [f"stack.{k}" for k in self.stacks], True, share)
+
+    def sweep(
+        self, share: float, *, rightwards: bool, cycles: int, unit: Literal["stack", "block"], group: int
+    ) -> None:
+        """Every Stack (``group`` neighbours together) or Block in turn, the rest frozen, ``cycles`` times."""
+        units: list[tuple[str, list[str], bool]] = []
+        if unit == "block":
+            for i, k in enumerate(self.stacks):
+                for j in range(self.config.model.architecture.blocks_of(k)):
+                    units.append((f"stack {k} block {j}", [f"stack.{k}/blocks.{j}"], i == j == 0))
+        else:
+            for i in range(0, len(self.stacks), group):
+                ids = self.stacks[i : i + group]
+                name = f"stack {ids[0]}" if len(ids) == 1 else "stacks " + ", ".join(map(str, ids))
+                units.append((name, [f"stack.{k}" for k in ids], i == 0))
+        turns = len([d for d in self.drafts if d.phase.name.startswith("sweep")]) // max(1, len(units))
+        for cycle in range(cycles):
+            for name, trained, leftmost in units if rightwards else units[::-1]:
+                # The embedding has its turn with the leftmost unit, which reads it.
+                self.train(f"sweep {turns + cycle + 1}, {name}", trained, leftmost, share / (cycles * len(units)))
+
+    def unfreeze(self, share: float, *, rightwards: bool) -> None:
+        """First the last Stack (or the first one) trains, then one more in each phase, in the end everything."""
+        order = self.stacks if rightwards else self.stacks[::-1]
+        for n in range(1, len(order) + 1):
+            chosen = set(order[:n])
+            trained = [f"stack.{k}" for k in self.stacks if k in chosen]
+            embedding = n == len(order) or (rightwards and not self.config.model.tie_embeddings)
+            self.train(f"unfreeze {n} of {len(order)}", trained, embedding, share / len(order))
+
+    def _draft(
+        self,
+        name: str,
+        trained: Sequence[int | str],
+        embedding: bool,
+        adapting: set[int],
+        share: float,
+        growth: tuple[Growth, ...] = (),
+        enters: int = 0,
+    ) -> None:
+        config = self.config
+        parts = [part if isinstance(part, str) else f"stack.{part}" for part in trained]
+        trains = (*(("embedding",) if embedding else ()), *parts, "norm", *(("head",) if config.model.has_head else ()))
+        phase = Phase(
+            name,
+            self.stacks,
+            trains,
+            0,
+            _UNSCHEDULED,
+            growth,
+            config.training.progressive.optimizer_state,
+            tuple((k, self._precision[k]) for k in sorted(self._precision) if self._precision[k] != "full"),
+            tuple(
+                replace(self._adapters[key], trains=key[0] in adapting)
+                for key in sorted(self._adapters, key=lambda key: (key[0], key[1] != "stack"))
+            ),
+            enters > 0,
+            enters,
+        )
+        self.drafts.append(Draft(phase, share))
+
+    def _give_stack_adapter(self, stack: int) -> None:
+        qlora = self.config.training.qlora
+        if qlora.enabled:
+            rank, alpha = qlora.stack_adapter(stack, self.config.target_stacks)
+            self._adapters[stack, "stack"] = Adapter(stack, "stack", rank, alpha, qlora.dropout)
+
+    def _give_progressive_adapter(self, stack: int) -> None:
+        qlora = self.config.training.qlora
+        if qlora.progressive_enabled and (stack, "progressive") not in self._adapters:
+            rank, alpha = qlora.progressive_rank, qlora.progressive_alpha
+            self._adapters[stack, "progressive"] = Adapter(stack, "progressive", rank, alpha, qlora.dropout)
 
 
 def end_to_end(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
-    """Every Stack from the start, all of them trained: the baseline."""
-    stacks = present or tuple(range(config.model.architecture.n_stacks))
-    trains = all_parts(stacks, config.model.has_head)
-    return [Draft(Phase("end-to-end", stacks, trains, 0, _UNSCHEDULED), 1.0)]
+    """The whole Rack from the start, the loss at its end: all of it trains, or one Stack or Block after another."""
+    course = _Course(config, present or tuple(range(config.model.architecture.n_stacks)))
+    match config.training.end_to_end_scope:
+        case "rackwise":
+            course.train_all("end-to-end", 1.0)
+        case "stackwise":
+            course.sweep(1.0, rightwards=True, cycles=1, unit="stack", group=1)
+        case "blockwise":
+            course.sweep(1.0, rightwards=True, cycles=1, unit="block", group=1)
+    return course.drafts
 
 
 def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
@@ -54,49 +190,102 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     settings = config.training.progressive
     target = config.target_stacks
     joint = settings.joint_fraction if target > 1 else 0.0
-    first = max(present, default=-1) + 1
-    if first >= target:
-        raise UserError(
-            f"training.progressive.target_stacks: {target}, but the Rack has {len(present)} Stacks already; "
-            "set it higher"
-        )
+    course = _Course(config, present)
+    waiting = _waiting(config, present)
     interleave = settings.building_mode == "interleave"
     assert present or not interleave, "the config asks for model.initial"
     shares = settings.phase_fractions or (1.0,) * target
-    total = sum(shares[first:]) / (1.0 - joint)
+    total = sum(shares[k] for k in waiting) / (1.0 - joint)
     if total == 0.0:
-        raise UserError(f"training.progressive.phase_fractions: the Stacks to grow, from {first} on, have no share")
-    drafts: list[Draft] = []
-    stacks = present
-    for group in [list(range(first, target))] if interleave else [[new] for new in range(first, target)]:
-        stacks, left_of = _place(stacks, group, settings.building_mode)
-        growth = tuple(
-            Growth(
-                new,
-                settings.new_stack_init if left_of[new] is not None else "random",
-                left_of[new] if settings.new_stack_init == "copy" else None,
-            )
-            for new in group
+        raise UserError(
+            f"training.progressive.phase_fractions: the Stacks to grow, from {waiting[0]} on, have no share"
         )
-        trains = _trained(config, stacks, group)
-        name = f"stack {group[0]}" if len(group) == 1 else f"stacks {group[0]}–{group[-1]}"
-        phase = Phase(name, stacks, trains, 0, _UNSCHEDULED, growth, settings.optimizer_state)
-        drafts.append(Draft(phase, sum(shares[new] for new in group) / total))
+    for group in [waiting] if interleave else [[new] for new in waiting]:
+        course.add(
+            group,
+            sum(shares[new] for new in group) / total,
+            at=_PLACES[settings.building_mode],
+            trunk=settings.trunk_strategy,
+            init=settings.new_stack_init,
+            precision=settings.trunk_precision,
+            new_precision=settings.new_stack_precision,
+        )
     if joint:
-        trains = all_parts(stacks, config.model.has_head)
-        phase = Phase("joint", stacks, trains, 0, _UNSCHEDULED, (), settings.optimizer_state)
-        drafts.append(Draft(phase, joint))
-    return drafts
+        course.train_all("joint", joint)
+    return course.drafts
 
 
-def _place(
-    stacks: tuple[int, ...], group: list[int], mode: Literal["append", "prepend", "interleave"]
-) -> tuple[tuple[int, ...], dict[int, int | None]]:
+def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
+    """The phases that ``training.phases`` lists, in order."""
+    settings = config.training.progressive
+    course = _Course(config, present)
+    entries = config.training.phases
+    given = [entry.share for entry in entries]
+    missing = max(0.0, 1.0 - sum(share or 0.0 for share in given)) / max(1, given.count(None))
+    shares = [missing if share is None else share for share in given]
+    if not sum(shares) > 0.0:
+        raise UserError("training.phases: no entry has a share of the budget")
+    for i, (entry, part) in enumerate(zip(entries, shares)):
+        share, where = part / sum(shares), f"training.phases[{i}]"
+        if entry.add is None and not course.stacks:
+            raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add some")
+        if entry.add is not None:
+            waiting = _waiting(config, course.stacks, where)
+            count = len(waiting) if isinstance(entry.add, str) else entry.add
+            if count > len(waiting):
+                raise UserError(
+                    f"{where}.add: {count}, but {len(waiting)} are left of the {config.target_stacks} Stacks to grow"
+                )
+            groups = [[k] for k in waiting] if entry.add == "each" else [waiting[:count]]
+            for group in groups:
+                course.add(
+                    group,
+                    share / len(groups),
+                    at=entry.at,
+                    trunk=entry.trunk or settings.trunk_strategy,
+                    init=entry.init or settings.new_stack_init,
+                    precision=entry.precision or settings.trunk_precision,
+                    new_precision=settings.new_stack_precision,
+                )
+        elif entry.sweep is not None:
+            rightwards = entry.sweep == "left_to_right"
+            course.sweep(share, rightwards=rightwards, cycles=entry.cycles, unit=entry.unit, group=entry.group)
+        elif entry.unfreeze is not None:
+            course.unfreeze(share, rightwards=entry.unfreeze == "left_to_right")
+        elif entry.trains == "all":
+            course.train_all("joint" if i == len(entries) - 1 else f"all, entry {i}", share)
+        else:
+            assert isinstance(entry.trains, tuple)
+            lacking = [k for k in entry.trains if isinstance(k, int) and k not in course.stacks]
+            if lacking:
+                raise UserError(f"{where}.trains: there is no Stack {lacking[0]} then, but {list(course.stacks)}")
+            ids = [k for k in course.stacks if k in entry.trains]
+            name = f"entry {i}: " + (", ".join(f"stack {k}" for k in ids) or "no stack")
+            course.train(name, [f"stack.{k}" for k in ids], "embedding" in entry.trains, share)
+    return course.drafts
+
+
+def _waiting(config: StackWiseConfig, present: tuple[int, ...], where: str = "") -> list[int]:
+    """The ids of the Stacks that are still to be grown."""
+    first, target = max(present, default=-1) + 1, config.target_stacks
+    if first >= target:
+        raise UserError(
+            f"{where or 'training.progressive.target_stacks'}: {target} Stacks are to be grown, but the Rack has "
+            f"{len(present)} already; set training.progressive.target_stacks higher"
+        )
+    return list(range(first, target))
+
+
+def _placed(stacks: tuple[int, ...], group: list[int], at: Place) -> tuple[tuple[int, ...], dict[int, int | None]]:
     """The order once the Stacks of ``group`` have joined, and each one's neighbour among those that were there."""
-    if mode == "append":
-        return (*stacks, *group), dict.fromkeys(group, stacks[-1] if stacks else None)
-    if mode == "prepend":
-        return (*group, *stacks), dict.fromkeys(group, stacks[0] if stacks else None)
+    match at:
+        case "right":
+            return (*stacks, *group), dict.fromkeys(group, stacks[-1] if stacks else None)
+        case "left":
+            return (*group, *stacks), dict.fromkeys(group, stacks[0] if stacks else None)
+        case "middle":
+            left, right = stacks[: -(-len(stacks) // 2)], stacks[-(-len(stacks) // 2) :]
+            return (*left, *group, *right), dict.fromkeys(group, left[-1] if left else None)
     order: list[int] = []
     neighbours: dict[int, int | None] = {}
     waiting = list(group)
@@ -109,20 +298,10 @@ def _place(
     return tuple(order), neighbours
 
 
-def _trained(config: StackWiseConfig, stacks: tuple[int, ...], group: list[int]) -> tuple[str, ...]:
-    """The parts that train beside a trunk of all ``stacks`` but ``group``."""
-    settings = config.training.progressive
-    if settings.trunk_strategy == "trainable" or len(stacks) == len(group):
-        return all_parts(stacks, config.model.has_head)
-    trains = (*(f"stack.{new}" for new in group), "norm", *(("head",) if config.model.has_head else ()))
-    # A tied head is the embedding: training it would change what the frozen trunk was trained to be read by.
-    embedding = settings.building_mode == "prepend" and not config.model.tie_embeddings
-    return ("embedding", *trains) if embedding else trains
-
-
 CURRICULA: dict[str, Callable[[StackWiseConfig, tuple[int, ...]], list[Draft]]] = {
     "end_to_end": end_to_end,
     "progressive": grow,
+    "phases": free,
 }
 
 
@@ -167,7 +346,26 @@ def build_phases(
             )
         spent += steps * cost
         phases.append(replace(draft.phase, steps=steps))
+    if any(phase.cached for phase in phases):
+        phases = _sharing_examples(phases, config)
     return _with_schedules(phases, config.training.schedule)
+
+
+def _sharing_examples(phases: list[Phase], config: StackWiseConfig) -> list[Phase]:
+    """The same batches for all phases of a run with a cache: as many as the longest takes, and as the cache holds."""
+    training = config.training
+    count = max(phase.steps for phase in phases)
+    if training.cache.max_bytes is not None:
+        room = largest_count(
+            training.batch_size, training.seq_len, config.model.d_model, training.cache.dtype, training.cache.max_bytes
+        )
+        if room < 1:
+            raise UserError(
+                f"training.cache.max_bytes: {training.cache.max_bytes} has no room for one batch of "
+                f"{training.batch_size} × {training.seq_len} tokens of width {config.model.d_model}"
+            )
+        count = min(count, room)
+    return [replace(phase, examples=(0, count)) for phase in phases]
 
 
 def _with_schedules(phases: list[Phase], settings: ScheduleConfig) -> list[Phase]:

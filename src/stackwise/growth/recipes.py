@@ -1,0 +1,215 @@
+"""Recipes: named curricula with their settings, which leave sizes, data and budget to the config."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way to train.
+
+    Attributes:
+        name: as on the command line.
+        summary: what it is for.
+        source: where it comes from.
+        training: its settings under ``training``; every other setting that decides a curriculum takes its default.
+    """
+
+    name: str
+    summary: str
+    source: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def _grown(**settings: Any) -> dict[str, Any]:
+    return {"strategy": "progressive", "progressive": settings}
+
+
+def _phases(*entries: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"strategy": "phases", "phases": list(entries), "progressive": settings}
+
+
+_LORA = {"enabled": True, "rank": 8, "alpha": 16.0, "progressive_enabled": True, "progressive_rank": 4}
+_OWN = "this project"
+
+_ALL = (
+    Recipe(
+        "end-to-end",
+        "The whole Rack from the start, everything trains: what every other recipe is compared with.",
+        "GPT-2 (Radford et al. 2019)",
+        {"strategy": "end_to_end"},
+    ),
+    Recipe(
+        "end-to-end-checkpointed",
+        "End to end with activations recomputed, for a third more FLOPs: the first thing to try when memory is short.",
+        "1604.06174",
+        {"strategy": "end_to_end", "activation_checkpointing": True},
+    ),
+    Recipe(
+        "grown",
+        "Stacks join as copies of their neighbour and everything trains: fewer FLOPs for the same loss.",
+        "G_stack 2405.15319",
+        _grown(trunk_strategy="trainable", new_stack_init="copy"),
+    ),
+    Recipe(
+        "grown-checkpointed",
+        "As grown, with activations recomputed: the same loss in less memory.",
+        "2405.15319 and 1604.06174",
+        {**_grown(trunk_strategy="trainable", new_stack_init="copy"), "activation_checkpointing": True},
+    ),
+    Recipe(
+        "late-expansion",
+        "One Stack for half the budget, then all the others at once: a single expansion disturbs least.",
+        "2511.04981",
+        _phases(
+            {"add": 1, "share": 0.5}, {"add": "rest", "share": 0.5}, trunk_strategy="trainable", new_stack_init="copy"
+        ),
+    ),
+    Recipe(
+        "append-frozen",
+        "Each new Stack trains on a frozen trunk: the memory of one Stack, at a price in loss.",
+        "greedy layer-wise training, Bengio et al. 2006",
+        _grown(trunk_strategy="frozen", new_stack_init="copy"),
+    ),
+    Recipe(
+        "append-frozen-joint",
+        "As append-frozen, and in the last quarter everything trains, which wins most of the loss back.",
+        "MSLT 2011.13635",
+        _grown(trunk_strategy="frozen", new_stack_init="copy", joint_fraction=0.25),
+    ),
+    Recipe(
+        "append-frozen-nf4",
+        "As append-frozen, with the trunk stored in 4 bits: for racks whose weights alone do not fit.",
+        "QLoRA 2305.14314 §3",
+        _grown(trunk_strategy="frozen", trunk_precision="nf4", new_stack_init="copy"),
+    ),
+    Recipe(
+        "append-cached",
+        "As append-frozen, with the trunk run once and then off the device: time and memory of one Stack at any depth.",
+        _OWN,
+        _grown(trunk_strategy="frozen", new_stack_init="copy", cache_activations=True),
+    ),
+    Recipe(
+        "append-qlora",
+        "The trunk is stored in 4 bits and adapts through two low-rank adapters a Stack, beside the new Stack.",
+        "QLoRA 2305.14314",
+        {**_grown(trunk_strategy="qlora", trunk_precision="nf4", new_stack_init="identity"), "qlora": _LORA},
+    ),
+    Recipe(
+        "prepend-frozen",
+        "New Stacks join at the left, gradients pass through the frozen suffix: the head side is learnt first.",
+        _OWN,
+        _grown(building_mode="prepend", trunk_strategy="frozen", new_stack_init="identity"),
+    ),
+    Recipe(
+        "prepend-trainable",
+        "New Stacks join at the left and everything trains.",
+        _OWN,
+        _grown(building_mode="prepend", trunk_strategy="trainable", new_stack_init="identity"),
+    ),
+    Recipe(
+        "prepend-qlora",
+        "New Stacks join at the left of a 4-bit suffix that adapts through its adapters.",
+        "QLoRA 2305.14314",
+        {
+            **_grown(building_mode="prepend", trunk_strategy="qlora", trunk_precision="nf4", new_stack_init="identity"),
+            "qlora": _LORA,
+        },
+    ),
+    Recipe(
+        "middle-insertion",
+        "New Stacks join in the middle as the identity: the first and the last keep their work; everything trains.",
+        "LEMON 2310.07999",
+        _phases({"add": 1}, {"add": "each", "at": "middle", "share": 0.7}, new_stack_init="identity"),
+    ),
+    Recipe(
+        "stackwise",
+        "The whole Rack is there and one Stack after another trains, once: little optimizer state, no growth.",
+        _OWN,
+        {"strategy": "end_to_end", "end_to_end_scope": "stackwise"},
+    ),
+    Recipe(
+        "blockwise",
+        "The whole Rack is there and one Block after another trains, once.",
+        _OWN,
+        {"strategy": "end_to_end", "end_to_end_scope": "blockwise"},
+    ),
+    Recipe(
+        "block-coordinate",
+        "Sweeps over the Stacks of a Rack grown early, with the optimizer state of the active one only.",
+        "BAdam 2404.02827",
+        _phases(
+            {"add": "rest", "share": 0.25},
+            {"sweep": "left_to_right", "cycles": 2},
+            new_stack_init="random",
+            optimizer_state="reset",
+        ),
+    ),
+    Recipe(
+        "fusion",
+        "Stacks grow on a frozen trunk, then neighbours train in pairs, then everything together.",
+        _OWN,
+        _phases(
+            {"add": "each", "trunk": "frozen", "share": 0.5},
+            {"sweep": "left_to_right", "group": 2, "share": 0.25},
+            {"trains": "all", "share": 0.25},
+            new_stack_init="copy",
+        ),
+    ),
+    Recipe(
+        "gradual-unfreezing",
+        "Stacks grow on a frozen trunk, then train again from the last one to the first, one more in each phase.",
+        "ULMFiT 1801.06146 §3.3",
+        _phases(
+            {"add": "each", "trunk": "frozen", "share": 0.5},
+            {"unfreeze": "right_to_left", "share": 0.5},
+            new_stack_init="copy",
+        ),
+    ),
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+"""By name, in the order in which they are shown."""
+
+_OWNED = ("strategy", "end_to_end_scope", "phases", "qlora", "activation_checkpointing")
+"""Settings of ``training`` that a recipe decides; of ``training.progressive`` it decides all but the objective."""
+_KEPT = ("target_stacks", "training_objective", "time_interpretation")
+
+
+def recipe_names(text: str) -> list[str]:
+    """``A,B,…`` or ``all`` as names. UserError, with the nearest name, for one that there is not."""
+    names = list(RECIPES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        _recipe(name)
+    if not names:
+        raise UserError(f"--recipes: {text!r} names no recipe; allowed: all, {', '.join(RECIPES)}")
+    return names
+
+
+def apply_recipe(config: StackWiseConfig, name: str) -> StackWiseConfig:
+    """``config`` trained by a recipe: its sizes, data, budget, optimizer and schedule, the recipe's curriculum.
+
+    Raises:
+        UserError: there is no such recipe, or it does not fit the config.
+    """
+    recipe = _recipe(name)
+    data = config.to_dict()
+    training = {key: value for key, value in data["training"].items() if key not in _OWNED}
+    progressive = {key: value for key, value in training.pop("progressive").items() if key in _KEPT}
+    settings = dict(recipe.training)
+    progressive |= settings.pop("progressive", {})
+    data["training"] = {**training, **settings, "progressive": progressive}
+    return StackWiseConfig.from_dict(data, (), f"recipe {name}")
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--recipe: {name!r} is not a recipe{hint} (allowed: {', '.join(RECIPES)})")
+    return RECIPES[name]

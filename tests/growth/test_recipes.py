@@ -1,0 +1,82 @@
+"""Recipes as tables: no tensor is made here."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stackwise.config import StackWiseConfig
+from stackwise.errors import UserError
+from stackwise.growth.curricula import build_phases
+from stackwise.growth.recipes import RECIPES, apply_recipe, recipe_names
+
+FOLDER = Path(__file__).parents[2] / "configs" / "recipes"
+
+
+def config(n_stacks=3, blocks=2, *overrides):
+    base = StackWiseConfig.from_dict(
+        {
+            "model": {"d_model": 26, "n_heads": 13, "architecture": {"n_stacks": n_stacks, "blocks_per_stack": blocks}},
+            "training": {"batch_size": 5, "seq_len": 7, "max_steps": 97},
+        }
+    )
+    return base.override(overrides)
+
+
+@pytest.mark.parametrize("n_stacks", [2, 3, 5])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_every_stack_and_uses_the_budget_up(name, n_stacks):
+    phases = build_phases(apply_recipe(config(n_stacks), name))
+    parts = {part for phase in phases for part in phase.trains}
+    blocks = {f"stack.{k}/blocks.{i}" for k in range(n_stacks) for i in range(2)}
+    assert parts >= {f"stack.{k}" for k in range(n_stacks)} or parts >= blocks
+    assert parts >= {"embedding", "norm", "head"}
+    assert all({"norm", "head"} <= set(phase.trains) for phase in phases)
+    assert sum(phase.steps for phase in phases) == 97
+    assert len({phase.name for phase in phases}) == len(phases)
+    assert set(phases[-1].stacks) == set(range(n_stacks))
+    present = set() if phases[0].growth else set(phases[0].stacks)
+    for phase in phases:
+        present |= {new.stack for new in phase.growth}
+        assert present == set(phase.stacks)
+        assert not phase.trained_stacks & {k for k, precision in phase.precision if precision != "bfloat16"}
+        assert {adapter.stack for adapter in phase.adapters} <= present
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_leaves_sizes_data_budget_and_optimizer_to_the_config(name):
+    before = config(3, 2, "training.optimizer.lr=0.0123", "training.seed=7", "data.tokenizer.kind=bytes")
+    after = apply_recipe(before, name)
+    assert after.model == before.model and after.data == before.data
+    assert after.training.optimizer == before.training.optimizer and after.training.schedule == before.training.schedule
+    assert after.training.budget == before.training.budget and after.training.seed == 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_decides_alone_what_is_its_own(name):
+    """What another recipe set leaves no trace."""
+    for other in ("append-qlora", "fusion", "blockwise", "append-cached"):
+        assert apply_recipe(apply_recipe(config(), other), name) == apply_recipe(config(), name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_config_of_a_recipe_is_the_recipe_on_the_shared_base(name):
+    file = FOLDER / f"{name}.yaml"
+    assert StackWiseConfig.from_yaml(file) == apply_recipe(StackWiseConfig.from_yaml(FOLDER / "base.yaml"), name)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"# {RECIPES[name].summary}" and lines[1] == f"# Source: {RECIPES[name].source}"
+    assert f"stackwise train configs/recipes/{name}.yaml" in lines[2]
+
+
+def test_every_config_in_the_folder_is_a_recipe_or_the_base():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*RECIPES, "base"}
+    assert "strategy" not in yaml.safe_load((FOLDER / "base.yaml").read_text(encoding="utf-8"))["training"]
+
+
+def test_names_are_listed_and_wrong_ones_answered_with_the_nearest():
+    assert recipe_names("all") == list(RECIPES)
+    assert recipe_names("grown, fusion") == ["grown", "fusion"]
+    with pytest.raises(UserError, match="'fuson' is not a recipe; did you mean fusion"):
+        recipe_names("grown,fuson")
+    with pytest.raises(UserError, match="names no recipe"):
+        recipe_names(",")
