@@ -191,8 +191,8 @@ IMPOSSIBLE = [
     ),
     (
         "training: {progressive: {trunk_strategy: qlora}}",
-        "training.progressive.trunk_strategy: 'qlora' trains adapters, and there are none; set training.qlora.enabled or "
-        "training.qlora.progressive_enabled to true",
+        "training.progressive.trunk_strategy: 'qlora' trains adapters, and there are none; set training.qlora.enabled "
+        "or training.qlora.progressive_enabled to true",
     ),
     (
         "training: {progressive: {trunk_precision: nf4}}",

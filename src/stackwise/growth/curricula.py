@@ -306,39 +306,56 @@ CURRICULA: dict[str, Callable[[StackWiseConfig, tuple[int, ...]], list[Draft]]] 
 
 
 def build_phases(
-    config: StackWiseConfig, step_flops: StepFlops | None = None, present: tuple[int, ...] = ()
+    config: StackWiseConfig,
+    step_flops: StepFlops | None = None,
+    present: tuple[int, ...] = (),
+    preparation: Callable[[Sequence[Phase]], float] | None = None,
 ) -> list[Phase]:
     """The phases of the run that ``config`` describes.
 
     Args:
         step_flops: needed when the budget is in FLOPs.
         present: ids of the Stacks that the Rack has before the run, left to right.
+        preparation: FLOPs of all phases before their first steps, which a budget in FLOPs pays for; default none.
 
     Raises:
         UserError: the budget gives some phase no step.
     """
     drafts = CURRICULA[config.training.strategy](config, present)
     unit, budget = config.training.budget
-    tokens_per_step = config.training.batch_size * config.training.seq_len
     costs: list[float] = []
     for draft in drafts:
         if unit == "steps":
             costs.append(1.0)
         elif unit == "tokens":
-            costs.append(tokens_per_step)
+            costs.append(config.training.batch_size * config.training.seq_len)
         else:
             if step_flops is None:
                 raise ValueError("a budget in FLOPs needs step_flops")
             costs.append(step_flops(draft.phase))
-    # Whole steps, rounding each phase's end rather than its length, so that the budget is used up to the last step.
+    for_steps = budget
+    while True:
+        phases = _with_steps(drafts, costs, for_steps, unit, budget)
+        if any(phase.cached for phase in phases):
+            phases = _sharing_examples(phases, config)
+        if unit != "flops" or preparation is None:
+            break
+        total = sum(phase.steps * cost for phase, cost in zip(phases, costs)) + preparation(phases)
+        if total <= budget:
+            break
+        # What comes before the steps grows with their number: fewer of them, until both fit.
+        for_steps *= min(budget / total, 1.0 - 1e-3)
+    return _with_schedules(phases, config.training.schedule)
+
+
+def _with_steps(
+    drafts: Sequence[Draft], costs: Sequence[float], for_steps: float, unit: str, budget: float
+) -> list[Phase]:
+    """Whole steps, rounding each phase's end rather than its length, so that all is used up to the last step."""
     phases, spent, due = [], 0.0, 0.0
     for draft, cost in zip(drafts, costs):
-        due += draft.share * budget
-        steps = (
-            math.floor((due - spent) / cost + 1e-9)
-            if draft is not drafts[-1]
-            else math.floor((budget - spent) / cost + 1e-9)
-        )
+        due = due + draft.share * for_steps if draft is not drafts[-1] else for_steps
+        steps = math.floor((due - spent) / cost + 1e-9)
         if steps < 1:
             raise UserError(
                 f"the budget of {budget:g} {unit} gives the phase '{draft.phase.name}' no step; "
@@ -346,9 +363,7 @@ def build_phases(
             )
         spent += steps * cost
         phases.append(replace(draft.phase, steps=steps))
-    if any(phase.cached for phase in phases):
-        phases = _sharing_examples(phases, config)
-    return _with_schedules(phases, config.training.schedule)
+    return phases
 
 
 def _sharing_examples(phases: list[Phase], config: StackWiseConfig) -> list[Phase]:

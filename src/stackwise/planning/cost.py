@@ -69,7 +69,14 @@ class Ledger(TorchDispatchMode):
         self.flops = 0
         self.live = 0
         self.peak = 0
+        self.segments: list[int] = []
         self._known: dict[int, Any] = {}
+
+    def mark(self) -> int:
+        """Ends a segment, and begins the next one: the peak of the ended one."""
+        self.segments.append(self.peak)
+        self.peak = self.live
+        return self.segments[-1]
 
     def ignore(self, tensor: Tensor) -> None:
         """Leaves a storage that existed before out of the account."""
@@ -122,7 +129,8 @@ class PhaseCost:
         peak: of the device's memory while steps run.
         waiting: bytes of the Stacks that are not on the device.
         roll_flops: of one batch through each Stack before the boundary where a cached phase enters.
-        cache_bytes: of the activation cache, while it rolls.
+        cache_bytes: of the activation cache on disk, while it rolls.
+        host: bytes in the memory of an accelerator's host: what waits there, and batches on their way.
     """
 
     trainable_parameters: int
@@ -137,6 +145,7 @@ class PhaseCost:
     waiting: int = 0
     roll_flops: tuple[float, ...] = ()
     cache_bytes: int = 0
+    host: int = 0
 
     def memory(self) -> dict[str, int]:
         names = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "waiting")
@@ -153,6 +162,22 @@ def measure_step(
     optimizer: OptimizerConfig | None = None,
     entered: bool = False,
 ) -> PhaseCost:
+    """The cost that ``measure_segments`` finds."""
+    return measure_segments(
+        rack, micro_batches, batch_size, seq_len, compute_dtype, runtime, optimizer, entered
+    )[0]
+
+
+def measure_segments(
+    rack: Rack,
+    micro_batches: int,
+    batch_size: int,
+    seq_len: int,
+    compute_dtype: torch.dtype | None,
+    runtime: int,
+    optimizer: OptimizerConfig | None,
+    entered: bool,
+) -> tuple[PhaseCost, list[int]]:
     """Costs a step of ``rack``, whose tensors are fake and whose trainable parameters require gradients.
 
     Args:
@@ -162,6 +187,10 @@ def measure_step(
         runtime: bytes beside tensors, added to the peak.
         optimizer: whose state is counted; default AdamW.
         entered: a hidden state of the whole batch enters before the first Stack, in place of the tokens.
+
+    Returns:
+        The cost, and the peak of each segment: up to the end of the forward pass of each Stack, first to last, the
+        final norm, the loss, the way back to the last Stack, and the backward pass of each Stack, last to first.
     """
     parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -175,22 +204,26 @@ def measure_step(
     ledger = Ledger()
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
+    hooks = [stack.register_forward_hook(partial(_marking, ledger)) for stack in rack.stacks]
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
             hidden = rack.hidden(inputs, boundary=boundary)
             activations = ledger.live
-            forward_peak, ledger.peak = ledger.peak, ledger.live
+            ledger.mark()
             loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias)
-            logits = ledger.peak - activations
+            logits = ledger.mark() - activations
             del hidden
         loss.backward()
         del loss
+        ledger.mark()
+    for hook in hooks:
+        hook.remove()
     for parameter in trained.values():
         parameter.grad = None
     held = gradients if micro_batches > 1 else 0  # earlier micro-batches' gradients wait while the next one runs
     entering = 0 if boundary is None else micro_batches * _bytes(boundary)
     weights = sum(_bytes(t) for t in stored)
-    return PhaseCost(
+    cost = PhaseCost(
         trainable_parameters=sum(p.numel() for p in trained.values()),
         parameters=sum(parameters_of(module) for module in rack.parts().values()),
         flops=float(ledger.flops * micro_batches),
@@ -199,8 +232,58 @@ def measure_step(
         optimizer=state,
         activations=activations,
         logits=logits,
-        peak=weights + state + max(forward_peak, ledger.peak) + held + entering + runtime,
+        peak=weights + state + max(ledger.segments) + held + entering + runtime,
     )
+    return cost, ledger.segments
+
+
+def _marking(ledger: Ledger, stack: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+    """Ends a segment after a Stack's forward pass, and another one before its backward pass."""
+    ledger.mark()
+    if output.requires_grad:
+        output.register_hook(partial(_mark_backward, ledger))
+
+
+def _mark_backward(ledger: Ledger, gradient: Tensor) -> None:
+    ledger.mark()
+
+
+def _extended(
+    three: tuple[PhaseCost, list[int]], four: tuple[PhaseCost, list[int]], start: int, length: int
+) -> tuple[PhaseCost, list[int]]:
+    """The cost of a Rack that has ``length`` equal Stacks in a row where ``three`` and ``four`` have that many.
+
+    Every figure grows by the same with each of them: bytes and FLOPs add up, and so does what lives while a certain
+    Stack runs. Only their maximum, the peak, does not: it is taken over all segments anew.
+
+    Args:
+        start: of Stacks before the row.
+    """
+    more = length - 3
+
+    def grown(a: int, b: int) -> int:
+        return a + (b - a) * more
+
+    def run(a: list[int], b: list[int]) -> list[int]:
+        """The segments of the row: the first, the second, … and the last."""
+        second, last = grown(a[1], b[1]), grown(a[2], b[3])
+        between = [second + (last - second) * i // (length - 2) for i in range(1, length - 2)]
+        return [grown(a[0], b[0]), second, *between, last]
+
+    (small, few), (large, many) = three, four
+    stacks = (len(few) - 3) // 2
+    back = 2 * stacks + 2 - start - 3  # where the row's backward segments begin
+    segments = [
+        *(grown(a, b) for a, b in zip(few[:start], many[:start])),
+        *run(few[start : start + 3], many[start : start + 4]),
+        *(grown(a, b) for a, b in zip(few[start + 3 : back], many[start + 4 : back + 1])),
+        *run(few[back : back + 3], many[back + 1 : back + 5]),
+        *(grown(a, b) for a, b in zip(few[back + 3 :], many[back + 5 :])),
+    ]
+    names = ("trainable_parameters", "parameters", "flops", "weights", "gradients", "optimizer", "activations", "logits")
+    fields = {name: grown(getattr(small, name), getattr(large, name)) for name in names}
+    held = [cost.peak - max(found) for cost, found in (three, four)]  # beside what the segments hold
+    return replace(large, **fields, peak=max(segments) + grown(*held)), segments
 
 
 @dataclass(frozen=True)
@@ -211,6 +294,20 @@ class _StackFacts:
     parameters: int
     flops: int
     transient: int
+
+
+@dataclass(frozen=True)
+class _RestFacts:
+    """A step of the Stacks from the first one that needs gradients on, with what is before and after all Stacks.
+
+    Bytes: ``away`` of those of them that are off the device, ``largest_away`` of one, ``embedding`` of a table that
+    may wait elsewhere (0 where the head needs it).
+    """
+
+    cost: PhaseCost
+    away: int
+    largest_away: int
+    embedding: int
 
 
 class PhaseCoster:
@@ -240,12 +337,13 @@ class PhaseCoster:
         self._spec = rack_spec_from_config(config, (), vocab_size) if rack is None else rack.spec
         self._known: dict[Any, PhaseCost] = {}
         self._facts: dict[Any, _StackFacts] = {}
+        self._rests: dict[Any, _RestFacts] = {}
         self._mode = FakeTensorMode()
 
     def __call__(self, phase: Phase) -> PhaseCost:
         key = (
             tuple((self._blocks(k), phase.precision_of(k)) for k in phase.stacks),
-            self._positions(phase, phase.trains),
+            self._positions(phase.stacks, phase.trains),
             tuple((phase.stacks.index(a.stack), a.kind, a.rank, a.trains) for a in phase.adapters),
             tuple(sorted(phase.stacks.index(k) for k in self._away(phase))),
             phase.cached, phase.enters,
@@ -265,11 +363,18 @@ class PhaseCoster:
         )
         if not training.cache.in_memory:
             return replace(cost, cache_bytes=layout.peak_bytes)
-        return replace(cost, peak=cost.peak + (layout.peak_bytes if self.device == "cpu" else 0))
+        if self.device == "cpu":
+            return replace(cost, peak=cost.peak + layout.peak_bytes)
+        return replace(cost, host=cost.host + layout.peak_bytes)
 
-    def _positions(self, phase: Phase, trains: tuple[str, ...]) -> tuple[str, ...]:
+    def preparation(self, phases: Sequence[Phase]) -> float:
+        """FLOPs of all ``phases`` before their first steps."""
+        return sum(preparation_flops(phases, [self(phase) for phase in phases]))
+
+    @staticmethod
+    def _positions(stacks: tuple[int, ...], trains: tuple[str, ...]) -> tuple[str, ...]:
         """``trains`` with positions in place of ids: which Stacks they are does not matter."""
-        place = {f"stack.{k}": f"stack@{i}" for i, k in enumerate(phase.stacks)}
+        place = {f"stack.{k}": f"stack@{i}" for i, k in enumerate(stacks)}
         return tuple(sorted("/".join([place.get(n.split("/")[0], n.split("/")[0]), *n.split("/")[1:]]) for n in trains))
 
     def _blocks(self, stack: int) -> tuple[BlockSpec, ...]:
@@ -279,7 +384,7 @@ class PhaseCoster:
 
     def _away(self, phase: Phase) -> set[int]:
         offload = self.config.training.offload
-        return phase.away("none" if offload == "host" and self.device == "cpu" else offload)
+        return set() if offload == "host" and self.device == "cpu" else phase.away(offload)
 
     def _measure(self, phase: Phase) -> PhaseCost:
         training = self.config.training
@@ -289,50 +394,72 @@ class PhaseCoster:
             first = 0
         away = self._away(phase)
         before = [self._stack_facts(k, phase) for k in phase.stacks[:first]]
-        rest = phase.stacks[first:]
-        rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
-        rack.stacks.extend(self._stack(k, phase) for k in rest)
-        rack.checkpoint_activations(training.activation_checkpointing)
-        adapters = tuple(a for a in phase.adapters if a.stack in rest)
-        set_trainable(rack, phase.trains, adapters)
+        rest = self._rest_of(phase, first, away)
+        cost = rest.cost
         waiting = sum(facts.bytes for k, facts in zip(phase.stacks, before) if k in away)
-        fetched = 0
-        for stack in rack.stacks:
-            if stack.stack_id in away:
-                tensors = stack.own_tensors()
-                fetched = max(fetched, sum(_bytes(t) for t in tensors.values()))
-                stack.fetch = partial(_copies, tensors)
-        embedding = sum(_bytes(t) for t in rack.embedding.state_dict().values())
-        elsewhere = embedding if phase.cached and self.device != "cpu" and not rack.tied else 0
+        streamed = sorted(facts.bytes for k, facts in zip(phase.stacks, before) if k in away)
+        elsewhere = rest.embedding if phase.cached and self.device != "cpu" else 0
         micro_batches = training.batch_size // self._micro
-        cost = measure_step(
-            rack, micro_batches, self._micro, training.seq_len, self.compute_dtype,
-            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, first > 0,
-        )  # fmt: skip
-        suffix_away = sum(
-            sum(_bytes(t) for t in stack.own_tensors().values()) for stack in rack.stacks if stack.stack_id in away
-        )
-        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - suffix_away - elsewhere
-        peak = cost.peak - cost.weights + resident + fetched  # a second Stack is read ahead
+        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest.away - elsewhere
+        # A second Stack is read ahead, into the host's memory: that is the device's on a CPU.
+        ahead = 1 if self.device == "cpu" else 0
+        peak = cost.peak - cost.weights + resident + ahead * rest.largest_away
         batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
         cached = phase.cached
         if cached:
-            peak += READ_AHEAD * batch if self.device == "cpu" else 0
+            peak += READ_AHEAD * batch * ahead
+            rolling = max(facts.bytes + facts.transient for facts in before)
+            peak = max(peak, resident + cost.optimizer + rolling)
         elif before:
             # Where the Stacks before are in use, the rest holds nothing but its weights and moments.
-            streamed = [facts.bytes for k, facts in zip(phase.stacks, before) if k in away]
-            transient = max(facts.transient for facts in before) + sum(sorted(streamed)[-2:])
+            transient = max(facts.transient for facts in before) + sum(streamed[-1 - ahead :])
             peak = max(peak, resident + cost.optimizer + cost.gradients * (micro_batches > 1) + transient)
             peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
+        host = 0
+        if self.device != "cpu":
+            moving = max((rest.largest_away, *streamed))
+            host = elsewhere + (waiting + rest.away if training.offload == "host" else 2 * moving)
+            host += READ_AHEAD * batch * cached
         return replace(
             cost,
             parameters=cost.parameters + sum(facts.parameters for facts in before),
             flops=cost.flops + (0 if cached else sum(facts.flops for facts in before) * micro_batches),
             weights=resident,
             peak=peak,
-            waiting=waiting + suffix_away + elsewhere,
+            waiting=waiting + rest.away + elsewhere,
             roll_flops=tuple(float(facts.flops * micro_batches) for facts in before) if cached else (),
+            host=host,
         )
+
+    def _rest_of(self, phase: Phase, first: int, away: set[int]) -> _RestFacts:
+        """A step of the Rack without its first ``first`` Stacks."""
+        stacks, training = phase.stacks[first:], self.config.training
+        adapters = tuple(a for a in phase.adapters if a.stack in stacks)
+        key = (
+            tuple((self._blocks(k), phase.precision_of(k)) for k in stacks),
+            self._positions(stacks, phase.trains),
+            tuple((stacks.index(a.stack), a.kind, a.rank, a.trains) for a in adapters),
+            tuple(i for i, k in enumerate(stacks) if k in away),
+            first > 0,
+        )  # fmt: skip
+        if key not in self._rests:
+            rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+            rack.stacks.extend(self._stack(k, phase) for k in stacks)
+            rack.checkpoint_activations(training.activation_checkpointing)
+            set_trainable(rack, phase.trains, adapters)
+            sizes = [0]
+            for stack in rack.stacks:
+                if stack.stack_id in away:
+                    tensors = stack.own_tensors()
+                    sizes.append(sum(_bytes(t) for t in tensors.values()))
+                    stack.fetch = partial(_copies, tensors)
+            cost = measure_step(
+                rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
+                RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, first > 0,
+            )  # fmt: skip
+            embedding = 0 if rack.tied else sum(_bytes(t) for t in rack.embedding.state_dict().values())
+            self._rests[key] = _RestFacts(cost, sum(sizes), max(sizes), embedding)
+        return self._rests[key]
 
     def _stack(self, stack_id: int, phase: Phase) -> Stack:
         stack = Stack(stack_id, [Block(spec) for spec in self._blocks(stack_id)])

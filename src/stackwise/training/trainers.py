@@ -59,7 +59,7 @@ class _Trainer:
         memory = PeakMemory(device)
         cost = PhaseCoster(config, rack.vocab_size, dtype, rack)
         present = tuple(stack.stack_id for stack in rack.stacks)
-        phases = build_phases(config, lambda phase: cost(phase).flops, present)
+        phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation)
         loop = Loop(
             rack,
             phases,
