@@ -7,8 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig
+from stackwise.growth.curricula import build_phases
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,45 @@ def test_the_commands_from_and_to_hugging_face_run_as_printed(
         smaller = ["training.max_steps=2", "training.seq_len=9", "training.device=cpu"]
         assert main([*command[1:], *(smaller if command[1] == "train" else [])]) == 0
     assert AutoModelForCausalLM.from_pretrained("expanded-folder").config.num_hidden_layers == 8
+
+
+SMALL = ("model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=24", "training.seq_len=8")
+
+
+def test_the_commands_of_recipes_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [b for b in blocks("") if "stackwise recipes" in b]
+    commands = [shlex.split(line, comments=True)[1:] for line in block.strip().splitlines()]
+    assert [c[0] for c in commands] == ["recipes", "train", "compare", "plan", "train"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
+    for name in ("mybook.txt", "shakespeare.txt"):
+        Path(name).write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 60)
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    assert main(["init", "config.yaml", "--preset", "characters"]) == 0
+    less = {
+        1: [*SMALL, "training.max_steps=8"],
+        2: [*SMALL, "model.n_kv_heads=2", "training.max_flops=1e8"],
+        4: [*SMALL, "data.source=files", "data.path=mybook.txt", "data.tokenizer.kind=bytes"],
+    }
+    for i, command in enumerate(commands):
+        assert main([*command, *less.get(i, []), *(["training.device=cpu"] if command[0] != "recipes" else [])]) == 0
+        out = capsys.readouterr().out
+        assert i != 2 or all(name in out for name in ("end-to-end", "grown", "append-frozen", "every phase fell"))
+        assert i != 3 or "of 5.6 GiB, fits" in out
+    assert Path("runs/one-billion/summary.json").exists()
+
+
+def test_the_phases_it_prints_are_phases() -> None:
+    (block,) = blocks("yaml")
+    config = StackWiseConfig.from_dict(yaml.safe_load(block))
+    names = [phase.name for phase in build_phases(config)]
+    sweeps = [f"sweep {i}, stack {k}" for i in (1, 2) for k in range(4)]
+    assert names == ["stacks 0–1", "stack 2", "stack 3", *sweeps, "joint"]
 
 
 def test_the_make_targets_it_names_exist() -> None:

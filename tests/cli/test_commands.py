@@ -133,13 +133,13 @@ def test_the_plans_totals_are_exactly_what_the_run_then_takes(
 ) -> None:
     vocab_size, summary = stackwise.load(run).tokenizer.vocab_size, summary_of(run)
     plan = said(capsys, "plan", work / "config.yaml", f"model.vocab_size={vocab_size}", "--json")
-    assert set(plan) == {"phases", "peak_memory_bytes", "flops", "disk_bytes", "fits"}
+    assert {"phases", "peak_memory_bytes", "flops", "disk_bytes", "fits"} <= set(plan)
     assert plan["flops"] == summary["flops"]
     for planned, done in zip(plan["phases"], summary["phases"], strict=True):
         for key in ("name", "steps", "tokens", "flops", "trainable_parameters"):
             assert planned[key] == done[key], key
         memory = planned["memory_bytes"]
-        assert set(memory) == {"weights", "gradients", "optimizer", "activations", "logits", "peak"}
+        assert {"weights", "gradients", "optimizer", "activations", "logits", "peak"} <= set(memory)
         assert 0 < max(memory.values()) <= plan["peak_memory_bytes"]
         assert memory["gradients"] == 4 * done["trainable_parameters"]
         assert memory["optimizer"] >= 8 * done["trainable_parameters"]

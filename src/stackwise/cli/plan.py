@@ -55,7 +55,7 @@ def plan(
 ) -> None:
     """Show each phase of a run, and what it will take, before anything runs; which recipe fits, and what else would."""
     settings = read_config(config, overrides, start)
-    limits = {
+    limits: dict[str, Any] = {
         name: parse_bytes(text, f"--{name.replace('_', '-')}")
         for name, text in (("memory", memory), ("host_memory", host_memory), ("disk", disk))
         if text is not None

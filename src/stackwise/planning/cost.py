@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import OptimizerConfig
-from stackwise.growth.phases import Phase
+from stackwise.growth.phases import Adapter, Phase, Precision
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
@@ -163,9 +163,7 @@ def measure_step(
     entered: bool = False,
 ) -> PhaseCost:
     """The cost that ``measure_segments`` finds."""
-    return measure_segments(
-        rack, micro_batches, batch_size, seq_len, compute_dtype, runtime, optimizer, entered
-    )[0]
+    return measure_segments(rack, micro_batches, batch_size, seq_len, compute_dtype, runtime, optimizer, entered)[0]
 
 
 def measure_segments(
@@ -272,7 +270,7 @@ def _extended(
 
     (small, few), (large, many) = three, four
     stacks = (len(few) - 3) // 2
-    back = 2 * stacks + 2 - start - 3  # where the row's backward segments begin
+    back = 2 * stacks - start  # where the row's backward segments begin, in `few`
     segments = [
         *(grown(a, b) for a, b in zip(few[:start], many[:start])),
         *run(few[start : start + 3], many[start : start + 4]),
@@ -280,34 +278,47 @@ def _extended(
         *run(few[back : back + 3], many[back + 1 : back + 5]),
         *(grown(a, b) for a, b in zip(few[back + 3 :], many[back + 5 :])),
     ]
-    names = ("trainable_parameters", "parameters", "flops", "weights", "gradients", "optimizer", "activations", "logits")
-    fields = {name: grown(getattr(small, name), getattr(large, name)) for name in names}
+    names = (
+        "trainable_parameters",
+        "parameters",
+        "flops",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+    )
+    fields: dict[str, Any] = {name: grown(getattr(small, name), getattr(large, name)) for name in names}
     held = [cost.peak - max(found) for cost, found in (three, four)]  # beside what the segments hold
     return replace(large, **fields, peak=max(segments) + grown(*held)), segments
 
 
 @dataclass(frozen=True)
-class _StackFacts:
-    """Of a Stack that runs without gradients: bytes, parameters, FLOPs of one micro-batch, and what it holds then."""
+class _Kind:
+    """A Stack as far as its cost goes. ``trains``: the names within the Stack, an empty one for all of it."""
 
-    bytes: int
-    parameters: int
-    flops: int
-    transient: int
+    blocks: tuple[BlockSpec, ...]
+    precision: Precision
+    trains: tuple[str, ...]
+    adapters: tuple[Adapter, ...]
+    away: bool
+
+    @property
+    def needs_gradients(self) -> bool:
+        return bool(self.trains) or any(a.trains for a in self.adapters)
 
 
 @dataclass(frozen=True)
-class _RestFacts:
-    """A step of the Stacks from the first one that needs gradients on, with what is before and after all Stacks.
-
-    Bytes: ``away`` of those of them that are off the device, ``largest_away`` of one, ``embedding`` of a table that
-    may wait elsewhere (0 where the head needs it).
+class _StackFacts:
+    """Of a Stack that runs without gradients: bytes (those of its adapters too, or not), parameters, FLOPs of one
+    micro-batch, and what it holds then.
     """
 
-    cost: PhaseCost
-    away: int
-    largest_away: int
-    embedding: int
+    bytes: int
+    own_bytes: int
+    parameters: int
+    flops: int
+    transient: int
 
 
 class PhaseCoster:
@@ -336,21 +347,16 @@ class PhaseCoster:
         self._micro = training.micro_batch_size or training.batch_size
         self._spec = rack_spec_from_config(config, (), vocab_size) if rack is None else rack.spec
         self._known: dict[Any, PhaseCost] = {}
-        self._facts: dict[Any, _StackFacts] = {}
-        self._rests: dict[Any, _RestFacts] = {}
+        self._facts: dict[_Kind, _StackFacts] = {}
+        self._steps: dict[Any, tuple[PhaseCost, list[int]]] = {}
         self._mode = FakeTensorMode()
 
     def __call__(self, phase: Phase) -> PhaseCost:
-        key = (
-            tuple((self._blocks(k), phase.precision_of(k)) for k in phase.stacks),
-            self._positions(phase.stacks, phase.trains),
-            tuple((phase.stacks.index(a.stack), a.kind, a.rank, a.trains) for a in phase.adapters),
-            tuple(sorted(phase.stacks.index(k) for k in self._away(phase))),
-            phase.cached, phase.enters,
-        )  # fmt: skip
+        kinds, others = self._kinds(phase)
+        key = (kinds, others, phase.cached, phase.enters)
         if key not in self._known:
             with self._mode:
-                self._known[key] = self._measure(phase)
+                self._known[key] = self._measure(kinds, others, phase)
         return self._with_cache(self._known[key], phase)
 
     def _with_cache(self, cost: PhaseCost, phase: Phase) -> PhaseCost:
@@ -371,11 +377,24 @@ class PhaseCoster:
         """FLOPs of all ``phases`` before their first steps."""
         return sum(preparation_flops(phases, [self(phase) for phase in phases]))
 
-    @staticmethod
-    def _positions(stacks: tuple[int, ...], trains: tuple[str, ...]) -> tuple[str, ...]:
-        """``trains`` with positions in place of ids: which Stacks they are does not matter."""
-        place = {f"stack.{k}": f"stack@{i}" for i, k in enumerate(stacks)}
-        return tuple(sorted("/".join([place.get(n.split("/")[0], n.split("/")[0]), *n.split("/")[1:]]) for n in trains))
+    def _kinds(self, phase: Phase) -> tuple[tuple[_Kind, ...], tuple[str, ...]]:
+        """The kinds of the Stacks, left to right, and the other parts that train; ids do not matter."""
+        within: dict[str, list[str]] = {}
+        for name in phase.trains:
+            part, _, rest = name.partition("/")
+            within.setdefault(part, []).append(rest)
+        away = self._away(phase)
+        kinds = tuple(
+            _Kind(
+                self._blocks(k),
+                phase.precision_of(k),
+                tuple(sorted(within.pop(f"stack.{k}", ()))),
+                tuple(replace(a, stack=0) for a in phase.adapters if a.stack == k),
+                k in away,
+            )
+            for k in phase.stacks
+        )
+        return kinds, tuple(sorted(within))
 
     def _blocks(self, stack: int) -> tuple[BlockSpec, ...]:
         if stack in self._spec.stack_ids:
@@ -386,24 +405,23 @@ class PhaseCoster:
         offload = self.config.training.offload
         return set() if offload == "host" and self.device == "cpu" else phase.away(offload)
 
-    def _measure(self, phase: Phase) -> PhaseCost:
+    def _measure(self, kinds: tuple[_Kind, ...], others: tuple[str, ...], phase: Phase) -> PhaseCost:
         training = self.config.training
-        needing = phase.trained_stacks | {a.stack for a in phase.adapters if a.trains}
-        first = next((i for i, k in enumerate(phase.stacks) if k in needing), len(phase.stacks))
-        if "embedding" in phase.trains:
+        first = next((i for i, kind in enumerate(kinds) if kind.needs_gradients), len(kinds))
+        if "embedding" in others:
             first = 0
-        away = self._away(phase)
-        before = [self._stack_facts(k, phase) for k in phase.stacks[:first]]
-        rest = self._rest_of(phase, first, away)
-        cost = rest.cost
-        waiting = sum(facts.bytes for k, facts in zip(phase.stacks, before) if k in away)
-        streamed = sorted(facts.bytes for k, facts in zip(phase.stacks, before) if k in away)
-        elsewhere = rest.embedding if phase.cached and self.device != "cpu" else 0
+        before = [self._stack_facts(kind) for kind in kinds[:first]]
+        cost, _ = self._step_of(kinds[first:], others, first > 0)
+        sizes = [self._stack_facts(kind).own_bytes for kind in kinds[first:] if kind.away]
+        rest_away, largest_away = sum(sizes), max(sizes, default=0)
+        waiting = sum(facts.own_bytes for kind, facts in zip(kinds, before) if kind.away)
+        streamed = sorted(facts.own_bytes for kind, facts in zip(kinds, before) if kind.away)
+        elsewhere = self._embedding_bytes() if phase.cached and self.device != "cpu" else 0
         micro_batches = training.batch_size // self._micro
-        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest.away - elsewhere
+        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest_away - elsewhere
         # A second Stack is read ahead, into the host's memory: that is the device's on a CPU.
         ahead = 1 if self.device == "cpu" else 0
-        peak = cost.peak - cost.weights + resident + ahead * rest.largest_away
+        peak = cost.peak - cost.weights + resident + ahead * largest_away
         batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
         cached = phase.cached
         if cached:
@@ -417,8 +435,8 @@ class PhaseCoster:
             peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
         host = 0
         if self.device != "cpu":
-            moving = max((rest.largest_away, *streamed))
-            host = elsewhere + (waiting + rest.away if training.offload == "host" else 2 * moving)
+            moving = max((largest_away, *streamed))
+            host = elsewhere + (waiting + rest_away if training.offload == "host" else 2 * moving)
             host += READ_AHEAD * batch * cached
         return replace(
             cost,
@@ -426,58 +444,68 @@ class PhaseCoster:
             flops=cost.flops + (0 if cached else sum(facts.flops for facts in before) * micro_batches),
             weights=resident,
             peak=peak,
-            waiting=waiting + rest.away + elsewhere,
+            waiting=waiting + rest_away + elsewhere,
             roll_flops=tuple(float(facts.flops * micro_batches) for facts in before) if cached else (),
             host=host,
         )
 
-    def _rest_of(self, phase: Phase, first: int, away: set[int]) -> _RestFacts:
-        """A step of the Rack without its first ``first`` Stacks."""
-        stacks, training = phase.stacks[first:], self.config.training
-        adapters = tuple(a for a in phase.adapters if a.stack in stacks)
-        key = (
-            tuple((self._blocks(k), phase.precision_of(k)) for k in stacks),
-            self._positions(stacks, phase.trains),
-            tuple((stacks.index(a.stack), a.kind, a.rank, a.trains) for a in adapters),
-            tuple(i for i, k in enumerate(stacks) if k in away),
-            first > 0,
-        )  # fmt: skip
-        if key not in self._rests:
-            rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
-            rack.stacks.extend(self._stack(k, phase) for k in stacks)
-            rack.checkpoint_activations(training.activation_checkpointing)
-            set_trainable(rack, phase.trains, adapters)
-            sizes = [0]
-            for stack in rack.stacks:
-                if stack.stack_id in away:
-                    tensors = stack.own_tensors()
-                    sizes.append(sum(_bytes(t) for t in tensors.values()))
-                    stack.fetch = partial(_copies, tensors)
-            cost = measure_step(
-                rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
-                RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, first > 0,
-            )  # fmt: skip
-            embedding = 0 if rack.tied else sum(_bytes(t) for t in rack.embedding.state_dict().values())
-            self._rests[key] = _RestFacts(cost, sum(sizes), max(sizes), embedding)
-        return self._rests[key]
+    def _step_of(self, kinds: tuple[_Kind, ...], others: tuple[str, ...], entered: bool) -> tuple[PhaseCost, list[int]]:
+        """A step of a Rack of these Stacks, as ``measure_segments`` gives it; of a row of equal ones, four are run."""
+        key = (kinds, others, entered)
+        if key not in self._steps:
+            start, length = _longest_row(kinds)
+            if length > 4 and self._row_can_grow:
+                three, four = (
+                    self._step_of(kinds[: start + n] + kinds[start + length :], others, entered) for n in (3, 4)
+                )
+                self._steps[key] = _extended(three, four, start, length)
+            else:
+                self._steps[key] = self._run_step(kinds, others, entered)
+        return self._steps[key]
 
-    def _stack(self, stack_id: int, phase: Phase) -> Stack:
-        stack = Stack(stack_id, [Block(spec) for spec in self._blocks(stack_id)])
-        PrecisionManager().store(stack, phase.precision_of(stack_id))
-        for adapter in phase.adapters:
-            if adapter.stack == stack_id:
-                for _, layer in linears(stack):
-                    layer.adapters[adapter.kind] = LowRank(
-                        layer.in_features, layer.out_features, adapter.rank, adapter.alpha, adapter.dropout
-                    )
+    @property
+    def _row_can_grow(self) -> bool:
+        """Whether every Stack's output requires gradients, so that every segment is seen."""
+        return not self._spec.freeze_embeddings
+
+    def _run_step(
+        self, kinds: tuple[_Kind, ...], others: tuple[str, ...], entered: bool
+    ) -> tuple[PhaseCost, list[int]]:
+        training = self.config.training
+        rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+        rack.stacks.extend(self._stack(i, kind) for i, kind in enumerate(kinds))
+        rack.checkpoint_activations(training.activation_checkpointing)
+        trains = [f"stack.{i}/{name}".rstrip("/") for i, kind in enumerate(kinds) for name in kind.trains]
+        adapters = tuple(replace(a, stack=i) for i, kind in enumerate(kinds) for a in kind.adapters)
+        set_trainable(rack, (*others, *trains), adapters)
+        for stack, kind in zip(rack.stacks, kinds):
+            if kind.away:
+                stack.fetch = partial(_copies, stack.own_tensors())
+        return measure_segments(
+            rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
+            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, entered,
+        )  # fmt: skip
+
+    def _embedding_bytes(self) -> int:
+        """Of a table that may wait elsewhere: 0 where the head needs it."""
+        rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+        return 0 if rack.tied else sum(_bytes(t) for t in rack.embedding.state_dict().values())
+
+    def _stack(self, stack_id: int, kind: _Kind) -> Stack:
+        stack = Stack(stack_id, [Block(spec) for spec in kind.blocks])
+        PrecisionManager().store(stack, kind.precision)
+        for adapter in kind.adapters:
+            for _, layer in linears(stack):
+                layer.adapters[adapter.kind] = LowRank(
+                    layer.in_features, layer.out_features, adapter.rank, adapter.alpha, adapter.dropout
+                )
         return stack
 
-    def _stack_facts(self, stack_id: int, phase: Phase) -> _StackFacts:
-        adapters = tuple((a.kind, a.rank) for a in phase.adapters if a.stack == stack_id)
-        key = (self._blocks(stack_id), phase.precision_of(stack_id), adapters)
+    def _stack_facts(self, kind: _Kind) -> _StackFacts:
+        key = replace(kind, trains=(), away=False)
         if key not in self._facts:
             rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
-            stack = self._stack(stack_id, phase)
+            stack = self._stack(0, kind)
             rack.stacks.append(stack)
             rack.requires_grad_(False).eval()
             x = torch.zeros(self._micro, self.config.training.seq_len, rack.d_model)
@@ -487,8 +515,20 @@ class PhaseCoster:
             with ledger, autocast(torch.device("cpu"), self.compute_dtype):
                 rack.advance(x, 0, 1)
             stored = sum(_bytes(t) for t in stack.state_dict().values())
-            self._facts[key] = _StackFacts(stored, parameters_of(stack), ledger.flops, ledger.peak + _bytes(x))
+            own = sum(_bytes(t) for t in stack.own_tensors().values())
+            self._facts[key] = _StackFacts(stored, own, parameters_of(stack), ledger.flops, ledger.peak + _bytes(x))
         return self._facts[key]
+
+
+def _longest_row(kinds: Sequence[_Kind]) -> tuple[int, int]:
+    """(start, length) of the longest row of equal Stacks, the leftmost of several; (0, 0) of none."""
+    best, start = (0, 0), 0
+    for i in range(1, len(kinds) + 1):
+        if i == len(kinds) or kinds[i] != kinds[start]:
+            if i - start > best[1]:
+                best = start, i - start
+            start = i
+    return best
 
 
 def preparation_flops(phases: Sequence[Phase], costs: Sequence[PhaseCost]) -> list[float]:

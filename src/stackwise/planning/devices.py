@@ -1,10 +1,19 @@
-"""How fast a device multiplies matrices."""
+"""Machines: how much they hold, and how fast they multiply matrices."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
+
+from stackwise.config.schema import TrainingConfig
+from stackwise.errors import UserError
+from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 
 # Dense bfloat16 FLOP/s of the data sheets, by a part of the device's name.
 BF16_PEAK = {
@@ -19,15 +28,111 @@ BF16_PEAK = {
     "RTX 3090": 71e12,
 }
 
+DEVICES: dict[str, tuple[str, int]] = {
+    "h200": ("H200", 141 * 10**9),
+    "h100": ("H100", 80 * 10**9),
+    "h100-pcie": ("H100 PCIe", 80 * 10**9),
+    "a100": ("A100", 80 * 10**9),
+    "a100-40gb": ("A100", 40 * 10**9),
+    "l40s": ("L40S", 48 * 10**9),
+    "l4": ("L4", 24 * 10**9),
+    "a10g": ("A10G", 24 * 10**9),
+    "4090": ("RTX 4090", 24 * 10**9),
+    "3090": ("RTX 3090", 24 * 10**9),
+}
+"""Devices that need not be here: a key of ``BF16_PEAK``, and bytes of memory by the data sheet. All have bfloat16."""
+
+UTILISATION = {"data sheet": 0.4, "measured here": 0.6, "given": 1.0}
+"""Share of a rate that training is taken to reach. Published runs of large models reach 0.38 to 0.43 of the data sheet
+in bfloat16 (Llama 3, 2407.21783, table 4); of what a plain product reaches, 0.6 is assumed; a rate that is given is one
+that was reached."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for. Bytes and FLOP/s; ``None``: not known, and so no limit.
+
+    Attributes:
+        name: as people write it.
+        device: the kind; it need not be here.
+        compute_dtype: of matrix products under autocast; ``None``: plain fp32.
+        memory: of the device.
+        host_memory: of the host of an accelerator; a CPU has no other memory than its own.
+        disk: room for checkpoints and caches.
+        flops_per_second: of matrix products.
+        rate: where that figure is from.
+        here: whether it is this machine.
+    """
+
+    name: str
+    device: torch.device
+    compute_dtype: torch.dtype | None
+    memory: int | None = None
+    host_memory: int | None = None
+    disk: int | None = None
+    flops_per_second: float | None = None
+    rate: Literal["data sheet", "measured here", "given"] = "data sheet"
+    here: bool = True
+
+    @property
+    def reached_flops(self) -> float | None:
+        """FLOP/s that training is taken to reach."""
+        return None if self.flops_per_second is None else self.flops_per_second * UTILISATION[self.rate]
+
+
+def this_machine(training: TrainingConfig, folder: Path | None = None) -> Machine:
+    """The device that ``training`` means, here; ``folder``: on the disk that the run will be written to."""
+    device = resolve_device(training.device)
+    return Machine(
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device,
+        compute_dtype=resolve_compute_dtype(training, device),
+        memory=available_memory(device),
+        host_memory=None if device.type == "cpu" else available_memory(torch.device("cpu")),
+        disk=None if folder is None else shutil.disk_usage(folder).free,
+    )
+
+
+def named_machine(name: str, training: TrainingConfig, folder: Path | None = None) -> Machine:
+    """``cpu``, ``cuda`` or ``mps`` of this machine, or one of ``DEVICES``, whose host is not known. Raises
+    ``UserError``.
+    """
+    wanted = name.lower().removeprefix("rtx").strip(" -")
+    if wanted in ("cpu", "cuda", "mps"):
+        try:
+            return this_machine(training.model_copy(update={"device": wanted}), folder)
+        except UserError:
+            raise UserError(
+                f"--device: {name} is not on this machine; name one that need not be here: {', '.join(DEVICES)}"
+            ) from None
+    if wanted not in DEVICES:
+        raise UserError(f"--device: {name!r} is not known; known are cpu, cuda, mps, {', '.join(DEVICES)}")
+    label, memory = DEVICES[wanted]
+    dtype = None if training.compute_dtype == "float32" else torch.bfloat16
+    rate = BF16_PEAK[label] if dtype is not None else None
+    return Machine(label, torch.device("cuda"), dtype, memory, flops_per_second=rate, here=False)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that the device has in all; ``None`` where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def data_sheet_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU that is here, if it is known and computes in bfloat16."""
+    if device.type == "cuda" and compute_dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in BF16_PEAK.items() if part in name), None)
+    return None
+
 
 def peak_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float:
     """FLOP/s that MFU is measured against: the data sheet's for known GPUs in bfloat16, else what a product reaches."""
-    if device.type == "cuda" and compute_dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in BF16_PEAK.items():
-            if part in name:
-                return peak
-    return measured_flops(device, compute_dtype or torch.float32)
+    return data_sheet_flops(device, compute_dtype) or measured_flops(device, compute_dtype or torch.float32)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 768, seconds: float = 0.4) -> float:

@@ -1,8 +1,8 @@
-"""The plan of a run: phases, memory, FLOPs and disk, before anything runs."""
+"""The plan of a run: phases, memory, FLOPs, disk and time, before anything runs."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
 from stackwise.model.lexical import resolve_family
-from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.planning.cost import ADAM_BYTES, PhaseCost, PhaseCoster, preparation_flops
+from stackwise.planning.cost import PhaseCost, PhaseCoster, preparation_flops
+from stackwise.planning.devices import Machine, this_machine
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,27 @@ class Planned:
         return preparation_flops(self.phases, self.costs)
 
 
-def plan_phases(config: StackWiseConfig, vocab_size: int, present: tuple[int, ...] = ()) -> Planned:
-    """Plans without data or weights. ``present``: ids of the Stacks that ``model.initial`` brings, left to right."""
-    device = resolve_device(config.training.device)
-    dtype = resolve_compute_dtype(config.training, device)
-    cost = PhaseCoster(config, vocab_size, dtype)
-    phases = build_phases(config, lambda phase: cost(phase).flops, present)
-    return Planned(phases, [cost(phase) for phase in phases], device, dtype, vocab_size)
+def plan_phases(
+    config: StackWiseConfig, vocab_size: int, present: tuple[int, ...] = (), machine: Machine | None = None
+) -> Planned:
+    """Plans without data or weights.
+
+    Args:
+        present: ids of the Stacks that ``model.initial`` brings, left to right.
+        machine: what it will run on; default the device here that ``config`` means.
+    """
+    machine = machine or this_machine(config.training)
+    cost = PhaseCoster(config, vocab_size, machine.compute_dtype, device=machine.device.type)
+    phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation)
+    return Planned(phases, [cost(phase) for phase in phases], machine.device, machine.compute_dtype, vocab_size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens of the whole run; costs are of one step."""
+    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens of the whole run; costs are of one step.
+
+    ``limit``: bytes of the device; ``None``: not known. The other limits are the machine's.
+    """
 
     phases: list[Phase]
     costs: list[PhaseCost]
@@ -55,10 +64,15 @@ class Plan:
     disk_bytes: int
     limit: int | None
     notes: list[str] = field(default_factory=list)
+    machine: Machine | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
         return max(cost.peak for cost in self.costs)
+
+    @property
+    def host_memory_bytes(self) -> int:
+        return max(cost.host for cost in self.costs)
 
     @property
     def flops(self) -> float:
@@ -71,8 +85,47 @@ class Plan:
         return [first + phase.steps * cost.flops for first, phase, cost in zip(before, self.phases, self.costs)]
 
     @property
+    def phase_seconds(self) -> list[float | None]:
+        """Of each phase's FLOPs at the rate that the machine is taken to reach; ``None`` where that is not known."""
+        rate = None if self.machine is None else self.machine.reached_flops
+        return [None if rate is None else flops / rate for flops in self.phase_flops]
+
+    @property
+    def seconds(self) -> float | None:
+        known = [seconds for seconds in self.phase_seconds if seconds is not None]
+        return sum(known) if len(known) == len(self.phases) else None
+
+    @property
+    def needs(self) -> list[tuple[str, int, int | None]]:
+        """(what, bytes needed, bytes there are or ``None``) of the device, its host and the disk."""
+        host, disk = (None, None) if self.machine is None else (self.machine.host_memory, self.machine.disk)
+        return [
+            ("device memory", self.peak_memory_bytes, self.limit),
+            ("host memory", self.host_memory_bytes, host),
+            ("disk", self.disk_bytes, disk),
+        ]
+
+    @property
+    def missing(self) -> list[str]:
+        """What there is not enough of."""
+        return [what for what, needed, there in self.needs if there is not None and needed > there]
+
+    @property
     def fits(self) -> bool | None:
-        return None if self.limit is None else self.peak_memory_bytes <= self.limit
+        """``None`` where nothing is too small, but the device does not say how much it has."""
+        if self.missing:
+            return False
+        return None if self.limit is None else True
+
+    def totals(self) -> dict[str, Any]:
+        return {
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "host_memory_bytes": self.host_memory_bytes,
+            "flops": self.flops,
+            "disk_bytes": self.disk_bytes,
+            "seconds": self.seconds,
+            "fits": self.fits,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -85,15 +138,28 @@ class Plan:
                     "steps": phase.steps,
                     "trainable_parameters": cost.trainable_parameters,
                     "memory_bytes": cost.memory(),
+                    "host_memory_bytes": cost.host,
+                    "cache_bytes": cost.cache_bytes,
                     "flops": flops,
+                    "seconds": seconds,
                     "tokens": phase.steps * self.tokens_per_step,
                 }
-                for phase, cost, flops in zip(self.phases, self.costs, self.phase_flops)
+                for phase, cost, flops, seconds in zip(self.phases, self.costs, self.phase_flops, self.phase_seconds)
             ],
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "flops": self.flops,
-            "disk_bytes": self.disk_bytes,
-            "fits": self.fits,
+            **self.totals(),
+            "machine": None if self.machine is None else self._machine_dict(self.machine),
+        }
+
+    def _machine_dict(self, machine: Machine) -> dict[str, Any]:
+        return {
+            "name": machine.name,
+            "compute_dtype": str(machine.compute_dtype or torch.float32).removeprefix("torch."),
+            "memory_bytes": self.limit,
+            "host_memory_bytes": machine.host_memory,
+            "disk_bytes": machine.disk,
+            "flops_per_second": machine.flops_per_second,
+            "rate": machine.rate,
+            "reached_flops_per_second": machine.reached_flops,
         }
 
 
@@ -116,17 +182,37 @@ USUAL_CHARACTERS = 100
 """Distinct characters of an English text, about."""
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that the device has in all; ``None`` where it cannot be asked."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+def stored_bytes(costs: Iterable[PhaseCost], keep_last: int) -> int:
+    """The most that checkpoints and activation cache take on disk at once.
+
+    A checkpoint holds the tensors as they are stored and the moments; what is frozen is one object that all share.
+    One checkpoint more than ``keep_last`` exists while the oldest is deleted, and some may be of the phase before.
+    """
+    most, before = 0, 0
+    for cost in costs:
+        moving = cost.gradients + cost.optimizer  # gradients are as large as what trains
+        frozen = cost.weights + cost.waiting - cost.gradients
+        most = max(most, frozen + (keep_last + 1) * max(moving, before) + cost.cache_bytes)
+        before = moving
+    return most
 
 
-def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None, present: tuple[int, ...] = ()) -> Plan:
-    """Plans the run of ``config``. ``limit``: bytes it must fit into; default what the device has."""
+def plan_run(
+    config: StackWiseConfig,
+    folder: Path,
+    limit: int | None = None,
+    present: tuple[int, ...] = (),
+    machine: Machine | None = None,
+) -> Plan:
+    """Plans the run of ``config``.
+
+    Args:
+        folder: on the disk that the run would be written to.
+        limit: bytes it must fit into; default what the device has.
+        present: ids of the Stacks that ``model.initial`` brings, left to right.
+        machine: what it will run on; default the one here, whose speed is not known.
+    """
+    machine = machine or this_machine(config.training, folder)
     config = resolve_family(config)
     vocab_size, exact = expected_vocab_size(config.data)
     notes = []
@@ -137,18 +223,13 @@ def plan_run(config: StackWiseConfig, folder: Path, limit: int | None = None, pr
             f"the vocabulary is not known before the data is read; this plan takes {vocab_size:,} "
             "(set model.vocab_size to plan with another)"
         )
-    planned = plan_phases(config, vocab_size, present)
+    planned = plan_phases(config, vocab_size, present, machine)
     if planned.device.type == "cpu" and not config.tight_allocator:
         notes.append(
             "this is the memory that tensors take; the allocator keeps freed ones for reuse, and resident memory is "
             "about a third above it (training.cpu_allocator=tight holds to the plan, and is slower)"
         )
-    last = planned.costs[-1]
-    # A checkpoint holds the weights and the moments of what trains; one more exists while the oldest is deleted.
-    checkpoint = max(4 * c.parameters + ADAM_BYTES * c.trainable_parameters for c in planned.costs)
-    disk = (config.training.checkpoint.keep_last + 1) * checkpoint
-    assert last.parameters >= planned.costs[0].parameters
-    if limit is None:
-        limit = available_memory(planned.device)
+    disk = stored_bytes(planned.costs, config.training.checkpoint.keep_last)
     tokens = config.training.batch_size * config.training.seq_len
-    return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes)
+    limit = machine.memory if limit is None else limit
+    return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes, machine)

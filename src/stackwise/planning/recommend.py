@@ -1,0 +1,158 @@
+"""Which recipe fits a machine, and what to change when none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.errors import UserError
+from stackwise.growth.recipes import apply_recipe
+from stackwise.planning.plan import Plan
+
+Planner = Callable[[StackWiseConfig], Plan]
+
+PREFERENCE: dict[str, str] = {
+    "grown": "everything trains and new Stacks are copies: the loss of end to end for fewer FLOPs (2405.15319)",
+    "late-expansion": "one expansion with everything trainable: within 0.2 % for a fifth of the FLOPs (2511.04981)",
+    "end-to-end": "everything trains from the start: the baseline",
+    "grown-checkpointed": "the losses of grown, for a third more FLOPs",
+    "end-to-end-checkpointed": "the losses of end to end, for a third more FLOPs",
+    "middle-insertion": "everything trains; the place is less tried than the end (2310.07999)",
+    "prepend-trainable": "everything trains; no published result for language models",
+    "append-qlora": "the trunk adapts through low-rank factors (2305.14314)",
+    "prepend-qlora": "as append-qlora; no published result for language models",
+    "gradual-unfreezing": "frozen while it grows, and everything trains at the end (1801.06146)",
+    "fusion": "frozen while it grows, pairs together, and everything trains at the end",
+    "append-frozen-joint": "frozen while it grows; a joint phase wins back most of the loss (2011.13635)",
+    "block-coordinate": "near Adam in fine-tuning, unproven from scratch (2404.02827)",
+    "append-cached": "the losses of a frozen trunk, with the FLOPs and the memory of one Stack",
+    "append-frozen": "a frozen trunk without a joint phase costs quality (2411.18700)",
+    "append-frozen-nf4": "as append-frozen, and the trunk is rounded to 4 bits",
+    "prepend-frozen": "gradients pass the frozen suffix; no published result for language models",
+    "stackwise": "one pass over Stacks that never train together",
+    "blockwise": "one pass over Blocks that never train together",
+}
+"""Recipes, best first, and why: by the loss to expect at equal FLOPs, whatever they need."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A recipe and its plan, or why it does not go with the config."""
+
+    recipe: str
+    plan: Plan | None
+    refused: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {} if self.plan is None else {**self.plan.totals(), "missing": self.plan.missing}
+        return {"recipe": self.recipe, **totals, "refused": self.refused}
+
+
+def compare_plans(config: StackWiseConfig, recipes: Iterable[str], plan: Planner) -> list[Compared]:
+    """``config`` planned by each recipe."""
+    rows = []
+    for name in recipes:
+        try:
+            rows.append(Compared(name, plan(apply_recipe(config, name))))
+        except UserError as error:
+            rows.append(Compared(name, None, str(error)))
+    return rows
+
+
+def best_that_fits(rows: Sequence[Compared]) -> Compared | None:
+    """The first of ``PREFERENCE`` that fits; recipes that are not listed there come last."""
+    order = list(PREFERENCE)
+    fitting = [row for row in rows if row.plan is not None and row.plan.fits]
+    return min(fitting, key=lambda row: order.index(row.recipe) if row.recipe in order else len(order), default=None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides after which a config fits, and its plan then. ``recipe``: of the config; ``None``: its own."""
+
+    recipe: str | None
+    overrides: tuple[str, ...]
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "overrides": list(self.overrides), **self.plan.totals()}
+
+
+def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Overrides that save something, those first that cost least in time and quality.
+
+    Args:
+        missing: of ``Plan.missing``: what there is not enough of.
+    """
+    training, progressive = config.training, config.training.progressive
+    if "disk" in missing:
+        if training.checkpoint.keep_last > 1:
+            yield ("training.checkpoint.keep_last=1",)
+        if progressive.cache_activations:
+            yield ("training.cache.dtype=fp8",)
+    if "device memory" in missing:
+        micro = training.micro_batch_size or training.batch_size
+        if micro > 1:
+            halves = [m for m in range(1, micro // 2 + 1) if training.batch_size % m == 0]
+            yield (f"training.micro_batch_size={halves[-1]}",)
+            if len(halves) > 1:
+                yield ("training.micro_batch_size=1",)
+        if not training.activation_checkpointing:
+            yield ("training.activation_checkpointing=true",)
+        if "moments" in type(training.optimizer).model_fields:
+            yield ("training.optimizer.moments=int8",)
+        grows = training.strategy == "progressive"
+        if grows and progressive.trunk_strategy == "trainable":
+            yield ("training.progressive.trunk_strategy=frozen",)
+        if grows and progressive.trunk_precision == "full":
+            yield ("training.progressive.trunk_precision=nf4",)
+        if grows and not progressive.cache_activations:
+            yield ("training.progressive.cache_activations=true",)
+        if training.offload == "none":
+            yield ("training.offload=disk" if "host memory" in missing else "training.offload=host",)
+        architecture = config.model.architecture
+        if isinstance(architecture.blocks_per_stack, int) and progressive.target_stacks is None:
+            blocks, n_stacks = architecture.blocks_per_stack, architecture.n_stacks
+            smaller = max((b for b in range(1, blocks // 2 + 1) if blocks % b == 0), default=blocks)
+            if smaller < blocks:
+                yield (
+                    f"model.architecture.blocks_per_stack={smaller}",
+                    f"model.architecture.n_stacks={n_stacks * blocks // smaller}",
+                )
+    if "host memory" in missing and training.offload == "host":
+        yield ("training.offload=disk",)
+
+
+def combinations(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Single changes, then the first two together, the first three, and so on."""
+    changes = list(single_changes(config, missing))
+    yield from changes
+    for n in range(2, len(changes) + 1):
+        yield tuple(override for change in changes[:n] for override in change)
+
+
+def first_change_that_fits(
+    config: StackWiseConfig, plan: Planner, planned: Plan, recipe: str | None = None
+) -> Change | None:
+    """The first of ``combinations`` with which ``config`` (``planned`` as it is) fits, without what it fits without."""
+    for overrides in combinations(config, planned.missing):
+        found = _planned(config, overrides, plan)
+        if found is None or found.missing:
+            continue
+        for override in overrides:
+            fewer = tuple(other for other in overrides if other != override)
+            without = _planned(config, fewer, plan) if fewer else None
+            if without is not None and not without.missing:
+                overrides, found = fewer, without
+        return Change(recipe, overrides, found)
+    return None
+
+
+def _planned(config: StackWiseConfig, overrides: tuple[str, ...], plan: Planner) -> Plan | None:
+    """``None`` where the overrides do not go with the config."""
+    try:
+        return plan(config.override(overrides))
+    except UserError:
+        return None

@@ -1,0 +1,316 @@
+"""The plan of a run: machines, disk, time, recommendations, and the 70B shape against arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig
+from stackwise.errors import UserError
+from stackwise.growth.curricula import build_phases
+from stackwise.growth.recipes import RECIPES
+from stackwise.planning import cost as cost_module
+from stackwise.planning.cost import PhaseCost, PhaseCoster
+from stackwise.planning.devices import BF16_PEAK, DEVICES, Machine, named_machine
+from stackwise.planning.plan import Plan, plan_run, stored_bytes
+from stackwise.planning.recommend import (
+    PREFERENCE,
+    Compared,
+    best_that_fits,
+    combinations,
+    compare_plans,
+    first_change_that_fits,
+)
+
+V, C, F, H, B, T = 37, 26, 19, 13, 6, 11
+CPU = Machine("cpu", torch.device("cpu"), None, here=True)
+
+
+def config(*overrides: str, n_stacks: int = 3) -> StackWiseConfig:
+    base = StackWiseConfig.from_dict(
+        {
+            "model": {
+                "vocab_size": V, "d_model": C, "n_heads": H, "d_ff": F,
+                "architecture": {"n_stacks": n_stacks, "blocks_per_stack": 1},
+            },
+            "training": {"batch_size": B, "seq_len": T, "max_steps": 60, "device": "cpu"},
+        }
+    )  # fmt: skip
+    return base.override(overrides)
+
+
+def planned(settings: StackWiseConfig, machine: Machine = CPU) -> Plan:
+    return plan_run(settings, Path(), machine=machine)
+
+
+# ---- machines
+
+
+def test_every_named_device_has_a_rate_and_plans_in_bfloat16() -> None:
+    for name, (label, memory) in DEVICES.items():
+        machine = named_machine(name, config().training)
+        assert (machine.flops_per_second, machine.memory) == (BF16_PEAK[label], memory)
+        assert machine.compute_dtype == torch.bfloat16 and machine.device.type == "cuda"
+        assert not machine.here and machine.host_memory is None
+
+
+def test_a_device_that_computes_in_float32_has_no_rate_on_its_data_sheet_here() -> None:
+    machine = named_machine("h200", config("training.compute_dtype=float32").training)
+    assert (machine.compute_dtype, machine.flops_per_second) == (None, None)
+
+
+def test_an_unknown_device_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"--device: 'h300' is not known; known are cpu, cuda, mps, h200"):
+        named_machine("h300", config().training)
+
+
+def test_time_is_flops_at_the_share_of_the_rate_that_is_assumed() -> None:
+    given = planned(config(), replace(CPU, flops_per_second=1e9, rate="given"))
+    sheet = planned(config(), replace(CPU, flops_per_second=1e9, rate="data sheet"))
+    assert given.seconds == pytest.approx(given.flops / 1e9)
+    assert sheet.seconds == pytest.approx(given.flops / 0.4e9)
+    assert sum(s or 0.0 for s in given.phase_seconds) == pytest.approx(given.seconds)
+    assert planned(config()).seconds is None
+
+
+# ---- what fits
+
+
+def test_a_run_fits_when_the_device_its_host_and_the_disk_all_hold_it() -> None:
+    settings = config("training.progressive.trunk_strategy=frozen", "training.offload=host")
+    away = replace(CPU, device=torch.device("cuda"))
+    plan = planned(settings, away)
+    exact = {"memory": plan.peak_memory_bytes, "host_memory": plan.host_memory_bytes, "disk": plan.disk_bytes}
+    assert min(exact.values()) > 0
+    assert planned(settings, replace(away, **exact)).fits is True
+    for key, what in (("memory", "device memory"), ("host_memory", "host memory"), ("disk", "disk")):
+        short = planned(settings, replace(away, **{**exact, key: exact[key] - 1}))
+        assert short.fits is False and short.missing == [what]
+    assert planned(settings, replace(away, memory=None)).fits is None
+
+
+def test_stacks_that_wait_on_the_host_are_counted_there_and_not_on_the_device() -> None:
+    machine = replace(CPU, device=torch.device("cuda"))
+    here, away = (
+        planned(config("training.progressive.trunk_strategy=frozen", f"training.offload={where}"), machine)
+        for where in ("none", "host")
+    )
+    for stack, (near, far) in enumerate(zip(here.costs, away.costs)):
+        waiting = stack * 4 * (4 * C * C + 3 * C * F + 2 * C)
+        assert (near.host, far.host) == (0, waiting)
+        assert near.weights - far.weights == waiting
+
+
+def test_on_a_cpu_the_host_is_the_device_and_nothing_waits_there() -> None:
+    offloaded = planned(config("training.progressive.trunk_strategy=frozen", "training.offload=host"))
+    assert [cost.host for cost in offloaded.costs] == [0, 0, 0]
+    assert [cost.waiting for cost in offloaded.costs] == [0, 0, 0]
+    cached = config(
+        "training.progressive.trunk_strategy=frozen",
+        "training.progressive.cache_activations=true",
+        "training.offload=host",
+    )
+    assert [cost.waiting for cost in planned(cached).costs] == [0, 0, 0]
+
+
+def test_checkpoints_hold_what_is_frozen_once_and_what_trains_and_its_moments_in_every_one() -> None:
+    first = PhaseCost(7, 7, 1.0, weights=28, gradients=28, optimizer=56, activations=0, logits=0, peak=0)
+    second = PhaseCost(
+        5, 12, 1.0, weights=30, gradients=20, optimizer=40, activations=0, logits=0, peak=0, waiting=11, cache_bytes=3
+    )
+    assert stored_bytes([first], keep_last=2) == 3 * (28 + 56)
+    assert stored_bytes([second], keep_last=1) == (30 + 11 - 20) + 2 * (20 + 40) + 3
+    # While the second phase begins, some of the checkpoints are the first one's.
+    assert stored_bytes([first, second], keep_last=1) == (30 + 11 - 20) + 2 * (28 + 56) + 3
+
+
+def test_a_trunk_stored_in_four_bits_takes_less_disk() -> None:
+    frozen = "training.progressive.trunk_strategy=frozen"
+    full = planned(config(frozen, n_stacks=7))
+    coded = planned(config(frozen, "training.progressive.trunk_precision=nf4", n_stacks=7))
+    # 6 Stacks' matrices at 4 bits and a scale for each 64, in place of 32 bits
+    saved = sum((32 - 4) / 8 * n - 4 * -(-n // 64) for n in (*[C * C] * 4, *[C * F] * 3))
+    dense, small = (stored_bytes(plan.costs[-1:], keep_last=2) for plan in (full, coded))
+    assert dense - small == pytest.approx(6 * saved, rel=0.02)
+
+
+# ---- rows of equal Stacks
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.strategy=end_to_end",),
+        ("training.strategy=end_to_end", "training.activation_checkpointing=true", "training.micro_batch_size=2"),
+        ("training.strategy=end_to_end", "training.end_to_end_scope=stackwise"),
+        ("training.progressive.trunk_strategy=frozen", "training.progressive.building_mode=prepend"),
+        ("training.progressive.trunk_strategy=frozen", "training.progressive.building_mode=prepend",
+         "training.offload=disk"),
+        ("training.progressive.trunk_strategy=qlora", "training.progressive.trunk_precision=nf4",
+         "training.qlora.enabled=true", "training.qlora.rank=3"),
+    ],
+    ids=["end-to-end", "checkpointed", "stackwise", "prepend", "streamed", "qlora"],
+)  # fmt: skip
+def test_a_row_of_equal_stacks_costs_what_it_costs_when_all_of_them_run(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(*overrides, n_stacks=7)
+    phase = build_phases(settings)[-1 if settings.training.strategy == "progressive" else 0]
+    short = PhaseCoster(settings, V, None)(phase)
+    monkeypatch.setattr(cost_module, "_longest_row", lambda kinds: (0, 0))
+    assert PhaseCoster(settings, V, None)(phase) == short
+
+
+# ---- recommendations
+
+
+def row(name: str, fits: bool) -> Compared:
+    plan = planned(config(n_stacks=1))
+    return Compared(name, replace(plan, limit=plan.peak_memory_bytes if fits else 1))
+
+
+def test_the_order_of_preference_names_every_recipe_and_no_other() -> None:
+    assert set(PREFERENCE) == set(RECIPES)
+
+
+def test_the_best_recipe_is_the_first_by_preference_among_those_that_fit() -> None:
+    rows = [row("append-frozen", True), row("append-frozen-joint", True), row("grown", False)]
+    best = best_that_fits(rows)
+    assert best is not None and best.recipe == "append-frozen-joint"
+    assert best_that_fits([row("grown", False), Compared("end-to-end", None, "why")]) is None
+
+
+def test_a_recipe_that_does_not_go_with_the_config_is_refused_with_its_reason() -> None:
+    rows = compare_plans(config("model.tie_embeddings=true"), ["grown", "append-frozen"], planned)
+    assert rows[0].plan is not None and rows[0].refused is None
+    assert rows[1].plan is None and "tie_embeddings" in (rows[1].refused or "")
+
+
+def test_changes_are_tried_one_by_one_and_then_together() -> None:
+    found = list(combinations(config(), ["device memory"]))
+    singles = [change for change in found if len(change) == 1]
+    assert singles[0] == ("training.micro_batch_size=3",)
+    assert ("training.activation_checkpointing=true",) in singles
+    assert found[len(singles)] == (*singles[0], *singles[1])
+    assert list(combinations(config(), [])) == []
+
+
+def test_the_change_that_is_found_fits_and_needs_each_of_its_parts() -> None:
+    settings = config("training.strategy=end_to_end", n_stacks=5)
+    least = planned(settings.override(["training.micro_batch_size=1", "training.activation_checkpointing=true"]))
+    machine = replace(CPU, memory=least.peak_memory_bytes)
+    planner = partial(planned, machine=machine)
+    change = first_change_that_fits(settings, planner, planner(settings))
+    assert change is not None and change.plan.fits
+    for override in change.overrides:
+        fewer = [other for other in change.overrides if other != override]
+        assert not fewer or planner(settings.override(fewer)).fits is False
+
+
+def test_no_change_is_named_when_none_fits() -> None:
+    planner = partial(planned, machine=replace(CPU, memory=1))
+    assert first_change_that_fits(config(), planner, planner(config())) is None
+
+
+# ---- 70B on one H200, by hand: 80 Blocks of width 8192, feed-forward 28672, 64 heads, 8 of keys, vocabulary 128256
+
+
+def seventy(blocks: int, *overrides: str) -> PhaseCost:
+    """A step of the last phase: the last Stack over a frozen nf4 trunk, 4096 tokens, bfloat16 on a GPU."""
+    file = Path(__file__).parents[2] / "configs/models/llama_70b.yaml"
+    stacks = f"model.architecture={{n_stacks: {80 // blocks}, blocks_per_stack: {blocks}}}"
+    settings = StackWiseConfig.from_yaml(
+        file,
+        [
+            stacks, "training.batch_size=1", "training.progressive.trunk_strategy=frozen",
+            "training.progressive.trunk_precision=nf4", *overrides,
+        ],
+    )  # fmt: skip
+    return PhaseCoster(settings, 128256, torch.bfloat16, device="cuda")(build_phases(settings)[-1])
+
+
+@pytest.mark.parametrize("blocks, resident, cached", [(1, 73e9 + 2.1e9, 36e9), (4, 116e9 + 2.1e9, 80e9)])
+def test_the_peak_of_the_70b_shape_is_what_arithmetic_gives(blocks: int, resident: float, cached: float) -> None:
+    """By hand the embedding is in bfloat16; here it is fp32, 2.1 GB more."""
+    plain = seventy(blocks)
+    fed = seventy(blocks, "training.progressive.cache_activations=true")
+    assert plain.parameters == pytest.approx(70.55e9, rel=0.001)
+    trained = blocks * 855.65e6 + 128256 * 8192
+    assert plain.weights + plain.gradients + plain.optimizer == pytest.approx(
+        16 * trained + (80 - blocks) * 855.65e6 * 0.5625 + 4 * 128256 * 8192, rel=0.001
+    )
+    assert plain.peak == pytest.approx(resident, rel=0.05)
+    assert fed.peak == pytest.approx(cached, rel=0.05)
+    assert fed.weights + fed.gradients + fed.optimizer == pytest.approx(16 * trained, rel=0.001)
+
+
+# ---- the command
+
+
+def said(capsys: pytest.CaptureFixture[str], file: Path, *options: str) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["plan", str(file), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    config().to_yaml(path)
+    return path
+
+
+def test_the_command_plans_for_a_device_that_is_not_here(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, file, "--device", "h200", "--host-memory", "128GiB", "--disk", "64GiB")
+    assert found["machine"] == {
+        "name": "H200", "compute_dtype": "bfloat16", "memory_bytes": 141 * 10**9, "host_memory_bytes": 128 * 2**30,
+        "disk_bytes": 64 * 2**30, "flops_per_second": 989e12, "rate": "data sheet",
+        "reached_flops_per_second": pytest.approx(0.4 * 989e12),
+    }  # fmt: skip
+    assert found["fits"] is True and "recipes" not in found
+    flops = found["flops"]
+    assert isinstance(flops, float) and found["seconds"] == pytest.approx(flops / (0.4 * 989e12))
+
+
+def test_recipes_are_compared_when_asked_and_one_is_recommended(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, file, "--recipes", "append-frozen,end-to-end", "--flops-per-second", "1e9")
+    rows = found["recipes"]
+    assert isinstance(rows, list) and [row["recipe"] for row in rows] == ["append-frozen", "end-to-end"]
+    assert found["recommended"] == "end-to-end"
+    least = rows[0]["peak_memory_bytes"]
+    assert least < rows[1]["peak_memory_bytes"]
+    tight = said(capsys, file, "--recipes", "append-frozen,end-to-end", "--memory", str(least))
+    assert tight["recommended"] == "append-frozen" and tight["fits"] is False
+
+
+def test_what_to_change_is_named_when_no_recipe_fits(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = said(capsys, file, "--recipes", "end-to-end")
+    peak = whole["peak_memory_bytes"]
+    assert isinstance(peak, int)
+    assert main(["plan", str(file), "--recipes", "end-to-end", "--memory", str(peak - 2000)]) == 0
+    out = capsys.readouterr().out
+    assert "no recipe fits as it is; this does: training.micro_batch_size=3 (peak memory" in out
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--disk", "much", "--disk: 'much' is not a size"),
+        ("--host-memory", "1XB", "--host-memory: '1XB' is not a size"),
+        ("--flops-per-second", "0", "--flops-per-second: 0 is not a rate"),
+        ("--device", "abacus", "--device: 'abacus' is not known"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(
+    file: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    assert main(["plan", str(file), option, value]) == 2
+    assert message in capsys.readouterr().err
