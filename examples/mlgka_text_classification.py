@@ -4,7 +4,7 @@
     python examples/mlgka_text_classification.py --train train.tsv --validation validation.tsv --attention all
 
 Files are .tsv (a header, then sentence<TAB>label) or .jsonl (objects with text and label); labels are 0, 1, ….
-A text longer than a window is read window by window: training takes a few of them, drawn anew in every epoch, and the
+A text longer than a window is read window by window: an epoch takes one of its windows, drawn anew, and the
 class of a text is that of the mean of its windows' logits.
 
 Two models: ``simple`` (one layer of width 256, 1.2 M parameters with two classes) and ``classifier`` (six layers of
@@ -63,7 +63,7 @@ class Recipe:
     word_dropout: float
     first_epochs: int = 0
     window: int = 128
-    windows_of_a_text: int = 2
+    windows_of_a_text: int = 1
     batch_size: int = 32
     weight_decay: float = 0.05
     n_heads: int = 8
@@ -72,7 +72,7 @@ class Recipe:
 
 RECIPES = {
     "simple": Recipe(1000, 256, 1024, 1, None, 0.2, 1e-3, 3e-3, 4, 0.3),
-    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 2e-4, 3e-3, 6, 0.2, first_epochs=5),
+    "classifier": Recipe(10000, 512, 2048, 6, 512, 0.1, 2e-4, 3e-3, 8, 0.2, first_epochs=7),
 }
 
 

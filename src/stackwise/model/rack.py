@@ -128,7 +128,8 @@ class Stack(nn.Module):
         caches: Sequence[LayerCache] | None,
     ) -> Tensor:
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled() and caches is None:
+            # A Stack that was fetched is recomputed as a whole already.
+            if self.activation_checkpointing and self.fetch is None and torch.is_grad_enabled() and caches is None:
                 x = checkpoint(
                     block, x, attention_mask, rope, use_reentrant=False, preserve_rng_state=block.dropout > 0
                 )

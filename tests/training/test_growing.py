@@ -1,0 +1,358 @@
+"""Growth through the loop: every trunk strategy, storage and place, fed from the cache, streamed from disk, resumed."""
+
+import numpy as np
+import pytest
+import torch
+
+from stackwise.config import StackWiseConfig
+from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
+from stackwise.growth.rack_builder import insert_stacks, make_stacks, prepare_phase
+from stackwise.model.architecture import create_rack_from_config
+from stackwise.model.linear import linears
+from stackwise.objectives import CausalObjective
+from stackwise.ops.storage import PRECISIONS
+from stackwise.training.checkpoints import CheckpointStore, weights_sha256
+from stackwise.training.initial import rack_of_checkpoint
+from stackwise.training.loop import Loop
+from stackwise.training.memory import PeakMemory
+from stackwise.training.progress import SilentReporter
+from stackwise.training.rundir import RunDir
+from stackwise.training.sources import ProgressiveDataLoader, TokenSource
+
+V, B, T, STEPS = 37, 6, 11, 3
+TOKENS = np.random.default_rng(0).integers(0, V, 1009) // 3 * 3
+CONSTANT = Schedule(0, "linear", STEPS, STEPS, 1.0)
+
+
+def config(*overrides):
+    base = StackWiseConfig.from_dict(
+        {
+            "model": {
+                "vocab_size": V,
+                "d_model": 26,
+                "n_heads": 13,
+                "d_ff": 19,
+                "architecture": {"n_stacks": 3, "blocks_per_stack": 1},
+            },
+            "training": {
+                "batch_size": B,
+                "seq_len": T,
+                "max_steps": 9,
+                "device": "cpu",
+                "optimizer": {"lr": 0.01},
+                "schedule": {"kind": "constant", "warmup_steps": 0, "rewarmup_steps": 0},
+                "checkpoint": {"every_steps": 1, "keep_last": 2},
+            },
+        }
+    )
+    return base.override(overrides)
+
+
+def grown(at="right", trunk="frozen", precision="full", cached=False, enters=False, lora=False, joint=False):
+    """The phases of three Stacks that join one after another, the later ones as the identity."""
+    phases, order = [], ()
+    for k in range(3):
+        before, place = order, {"right": len(order), "left": 0, "middle": (len(order) + 1) // 2}[at]
+        order = (*order[:place], k, *order[place:])
+        moving = order if trunk == "trainable" else (k,)
+        embedding = ("embedding",) if k == 0 or trunk == "trainable" or at == "left" else ()
+        adapters = [Adapter(j, "stack", 2 + j, 3.0, 0.0, j == k or trunk == "qlora") for j in sorted(order) if lora]
+        adapters += [Adapter(j, "progressive", 2, 5.0, 0.0, trunk == "qlora") for j in sorted(before) if lora]
+        inside = (cached or enters) and k > 0
+        phases.append(
+            Phase(
+                f"stack {k}",
+                order,
+                (*embedding, *(f"stack.{j}" for j in order if j in moving), "norm", "head"),
+                STEPS,
+                CONSTANT,
+                (Growth(k, "identity" if k else "random"),),
+                precision=tuple((j, precision) for j in sorted(before) if precision != "full"),
+                adapters=tuple(adapters),
+                cached=cached and k > 0,
+                enters=k if inside else 0,
+                examples=(1, 2) if cached or enters else None,
+            )
+        )
+    if joint:
+        trains = ("embedding", *(f"stack.{j}" for j in order), "norm", "head")
+        adapters = tuple(Adapter(a.stack, a.kind, a.rank, a.alpha) for a in phases[-1].adapters)
+        phases.append(Phase("joint", order, trains, STEPS, CONSTANT, adapters=adapters))
+    return phases
+
+
+class Stop(Exception):
+    pass
+
+
+class Recorder(SilentReporter):
+    """All tensors at the start and the end of each phase, and a way to stop in the middle."""
+
+    def __init__(self, stop_after=None, stop_in_cache=None):
+        self.loop, self.starts, self.ends, self.steps = None, [], [], 0
+        self.stop_after, self.stop_in_cache, self.worked = stop_after, stop_in_cache, 0
+
+    def tensors(self):
+        return {f"{part}/{name}": t.detach().clone() for part, name, t in self.loop.rack.part_tensors()}
+
+    def phase(self, text, total_steps, done):
+        self.starts.append(self.tensors())
+
+    def step(self, done, metrics):
+        self.steps += 1
+
+    def work(self, description, done, total):
+        self.worked += 1
+        if self.worked == self.stop_in_cache:
+            raise Stop
+
+    def note(self, text):
+        self.ends.append(self.tensors())
+
+
+def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, validate=None):
+    settings = config(*overrides)
+    if checkpoint is None:
+        rack = create_rack_from_config(settings, n_stacks=0, vocab_size=V)
+    else:
+        phase = phases[min(checkpoint.state["run"]["phase"], len(phases) - 1)]
+        away = phase.away(settings.training.offload) & set(checkpoint.state["stacks"])
+        rack = rack_of_checkpoint(checkpoint, settings, V, away)
+    recorder = recorder or Recorder()
+    objective = CausalObjective()
+    loop = Loop(
+        rack,
+        phases,
+        TokenSource(ProgressiveDataLoader(TOKENS, settings), objective),
+        objective,
+        settings,
+        step_flops=[3.0] * len(phases),
+        preparation_flops=[7.0 * phase.cached for phase in phases],
+        device=torch.device("cpu"),
+        compute_dtype=None,
+        peak_flops=None,
+        validate=validate,
+        run=run,
+        reporter=recorder,
+        memory=PeakMemory(torch.device("cpu")),
+        checkpoint=checkpoint,
+    )
+    recorder.loop = loop
+    loop.train()
+    return loop, recorder
+
+
+def result(loop):
+    records = [(r.name, r.first_loss, r.last_loss, r.flops, r.tokens) for r in loop.state.records]
+    return loop.weights_sha256(), records
+
+
+def new_run(path):
+    return RunDir.create(path, "model: {}\n")
+
+
+FROM_DISK = ("training.progressive.trunk_strategy=frozen", "training.offload=disk")
+WAYS = [
+    ("right", "frozen", False), ("right", "qlora", True), ("right", "trainable", False),
+    ("left", "frozen", False), ("left", "qlora", True), ("left", "trainable", False),
+    ("middle", "frozen", True), ("middle", "trainable", True),
+]  # fmt: skip
+
+
+WAYS_AND_PRECISIONS = [
+    pytest.param(at, trunk, lora, precision, id=f"{at}-{trunk}-{precision}")
+    for at, trunk, lora in WAYS
+    for precision in (("full",) if trunk == "trainable" else PRECISIONS)
+]
+
+
+@pytest.mark.parametrize("at, trunk, lora, precision", WAYS_AND_PRECISIONS)
+def test_what_is_frozen_stays_bit_identical_and_what_trains_moves(at, trunk, lora, precision):
+    phases = grown(at, trunk, precision, lora=lora, joint=True)
+    _, recorder = trained(phases)
+    assert len(recorder.starts) == len(recorder.ends) == 4
+    for phase, start, end in zip(phases, recorder.starts, recorder.ends):
+        assert start.keys() == end.keys()
+        kinds = {(a.stack, a.kind) for a in phase.adapters if a.trains}
+        for name in start:
+            part, _, rest = name.partition("/")
+            if part.startswith("adapters."):
+                moves = (int(part[9:]), rest.split(".adapters.")[1].split(".")[0]) in kinds
+            else:
+                moves = part in phase.trains
+            assert torch.equal(start[name], end[name]) != moves, (phase.name, name)
+
+
+@pytest.mark.parametrize("at, trunk, lora, precision", WAYS_AND_PRECISIONS)
+def test_growth_as_the_identity_leaves_the_logits_bit_identical(at, trunk, lora, precision):
+    settings, ids = config(), torch.from_numpy(TOKENS[:44]).view(4, 11)
+    rack, before = create_rack_from_config(settings, n_stacks=0, vocab_size=V), None
+    for phase in grown(at, trunk, precision, lora=lora, joint=True):
+        seen = []
+        prepare_phase(rack, phase, settings, lambda rack=rack, seen=seen: seen.append(rack.eval()(ids)))
+        after = rack.eval()(ids)
+        if before is not None:
+            # Storing in fewer bits changes logits; what joins, and its adapters, do not.
+            assert torch.equal(after, seen[0] if seen else before)
+            assert bool(seen) == (precision != "full")
+        with torch.no_grad():  # as if it had trained
+            for _, _, p in rack.part_parameters():
+                if p.requires_grad:
+                    p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        before = rack.eval()(ids)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_new_stack_as_the_identity_may_be_stored_in_any_precision(precision):
+    settings, ids = config(), torch.from_numpy(TOKENS[:44]).view(4, 11)
+    rack = create_rack_from_config(settings, n_stacks=1, vocab_size=V)
+    before = rack.eval()(ids)
+    made = make_stacks(rack, [Growth(1, "identity")], settings)
+    for _, layer in linears(made[0]):
+        layer.store(precision)
+    insert_stacks(rack, made, [0, 1])
+    assert torch.equal(rack.eval()(ids), before)
+
+
+@pytest.mark.parametrize("at, trunk, lora", [("left", "qlora", True), ("right", "frozen", False)])
+def test_compiled_phases_train_the_same_parts(at, trunk, lora, monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options)
+    )
+    plain, _ = trained(grown(at, trunk, "nf4", lora=lora))
+    compiled, recorder = trained(grown(at, trunk, "nf4", lora=lora), "training.compile=true")
+    for a, b in zip(plain.state.records, compiled.state.records):
+        assert b.last_loss == pytest.approx(a.last_loss, rel=1e-4)
+    start, end = recorder.starts[-1], recorder.ends[-1]
+    assert all(torch.equal(start[n], end[n]) for n in start if n.startswith("stack.0/"))
+    assert not any(torch.equal(start[n], end[n]) for n in start if n.startswith("stack.2/"))
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
+def test_cached_equals_recomputed_bitwise_on_disk_and_in_memory(tmp_path, dtype, micro):
+    settings = [f"training.cache.dtype={dtype}"]
+    settings += [] if micro is None else [f"training.micro_batch_size={micro}"]
+    cached = grown("right", "frozen", "nf4", cached=True, joint=True)
+    on_disk, _ = trained(cached, *settings, run=new_run(tmp_path / "run"))
+    in_memory, _ = trained(cached, *settings)
+    recomputed, _ = trained(grown("right", "frozen", "nf4", enters=True, joint=True), *settings)
+    assert on_disk.weights_sha256() == in_memory.weights_sha256() == recomputed.weights_sha256()
+    losses = [[(r.first_loss, r.last_loss) for r in loop.state.records] for loop in (on_disk, in_memory, recomputed)]
+    assert losses[0] == losses[1] == losses[2]
+    assert not list((tmp_path / "run" / "cache").glob("boundary-*"))  # it goes when no phase needs it
+    assert [r.flops for r in on_disk.state.records] == [9.0, 16.0, 16.0, 9.0]
+
+
+def test_the_trunk_is_not_in_memory_while_a_stack_trains_from_the_cache(tmp_path):
+    loop, recorder = trained(grown("right", "frozen", "int8", cached=True), run=new_run(tmp_path / "run"))
+    for start, trunk in zip(recorder.starts, ((), (0,), (0, 1))):
+        for name, tensor in start.items():
+            assert tensor.is_meta == any(name.startswith(f"stack.{k}/") for k in trunk), name
+    assert loop.offload.away == {0, 1}
+
+
+@pytest.mark.parametrize("extra", [(), ("model.dropout=0.3",), ("training.activation_checkpointing=true",)])
+@pytest.mark.parametrize("at, trunk, lora", [("left", "frozen", False), ("right", "qlora", True)])
+def test_stacks_streamed_from_disk_train_bit_identically(tmp_path, at, trunk, lora, extra):
+    phases = grown(at, trunk, "nvfp4", lora=lora)
+    resident, _ = trained(phases, *extra)
+    streamed, recorder = trained(phases, *FROM_DISK, *extra, run=new_run(tmp_path / "run"))
+    assert result(streamed) == result(resident)
+    assert all(t.is_meta for n, t in recorder.starts[-1].items() if n.startswith("stack.0/"))
+
+
+CASES = {
+    "cached": (lambda: grown("right", "frozen", "nf4", cached=True, joint=True), ()),
+    "qlora": (lambda: grown("right", "qlora", "fp8", lora=True, joint=True), ()),
+    "streamed": (lambda: grown("left", "qlora", "int8", lora=True), FROM_DISK),
+    "trainable": (lambda: grown("middle", "trainable", joint=True), ()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 7])
+def test_growth_then_resume_equals_no_interruption(tmp_path, case, stop_after):
+    phases, settings = CASES[case][0](), CASES[case][1]
+    whole, _ = trained(phases, *settings, run=new_run(tmp_path / "whole"))
+
+    class Interrupted(Recorder):
+        def step(self, done, metrics):
+            super().step(done, metrics)
+            if self.steps > stop_after:
+                raise Stop
+
+    run = new_run(tmp_path / "stopped")
+    with pytest.raises(Stop):
+        trained(phases, *settings, run=run, recorder=Interrupted())
+    checkpoint = CheckpointStore(run.checkpoints).load()
+    assert checkpoint.step == stop_after
+    resumed, _ = trained(phases, *settings, run=run, checkpoint=checkpoint)
+    assert result(resumed) == result(whole)
+
+
+@pytest.mark.parametrize("at_batch", [1, 2, 3, 4])
+def test_a_run_that_stops_while_it_fills_its_cache_ends_the_same(tmp_path, at_batch):
+    phases = grown("right", "frozen", "nf4", cached=True)
+    whole, _ = trained(phases, run=new_run(tmp_path / "whole"))
+    run = new_run(tmp_path / "stopped")
+    with pytest.raises(Stop):
+        trained(phases, run=run, recorder=Recorder(stop_in_cache=at_batch))
+    resumed, _ = trained(phases, run=run, checkpoint=CheckpointStore(run.checkpoints).load())
+    assert result(resumed) == result(whole)
+
+
+def test_a_checkpoint_restores_storage_and_adapters(tmp_path):
+    run = new_run(tmp_path / "run")
+    loop, _ = trained(grown("right", "qlora", "nf4", lora=True), run=run)
+    rack = rack_of_checkpoint(CheckpointStore(run.checkpoints).load(), config(), V)
+    assert weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in rack.part_tensors()) == (
+        loop.weights_sha256()
+    )
+    ids = torch.from_numpy(TOKENS[:22]).view(2, 11)
+    assert torch.equal(rack.eval()(ids), loop.rack.eval()(ids))
+
+
+def test_what_storing_the_trunk_costs_is_measured(tmp_path):
+    from stackwise.objectives.scoring import validate
+
+    def score(rack):
+        return validate(
+            rack, CausalObjective(), TOKENS[:200], seq_len=T, batch_size=4, bytes_per_token=1.0, max_tokens=None,
+            compute_dtype=None,
+        )  # fmt: skip
+
+    loop, _ = trained(grown("right", "frozen", "nf4"), run=new_run(tmp_path / "run"), validate=score)
+    first, second, third = loop.state.records
+    assert first.storage is None
+    assert second.storage["precision"] == {"0": "nf4"} and third.storage["precision"] == {"1": "nf4"}
+    for before, after in ((first, second), (second, third)):
+        assert after.storage["validation_loss_before"] == before.validation_loss
+        assert 0 < abs(after.storage["validation_loss_after"] - before.validation_loss) < 0.1
+
+
+def test_one_block_of_a_stack_trains_alone():
+    phases = grown("right", "trainable")
+    block = Phase("block", (0, 1, 2), ("stack.1/blocks.0", "norm", "head"), STEPS, CONSTANT)
+    _, recorder = trained([*phases, block])
+    start, end = recorder.starts[-1], recorder.ends[-1]
+    moved = {name.split("/")[0] for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"stack.1", "norm", "head"}
+
+
+def test_batches_that_cannot_be_taken_again_are_refused():
+    from stackwise.errors import UserError
+    from stackwise.training.sources import IterableSource
+
+    phases = grown("right", "frozen", cached=True)
+    objective = CausalObjective()
+    source = IterableSource([torch.zeros(B, T, dtype=torch.int64)], objective)
+    settings = config()
+    loop = Loop(
+        create_rack_from_config(settings, n_stacks=0, vocab_size=V), phases, source, objective, settings,
+        step_flops=[1.0] * 3, device=torch.device("cpu"), compute_dtype=None, peak_flops=None, validate=None, run=None,
+        reporter=SilentReporter(), memory=PeakMemory(torch.device("cpu")),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="batches that can be taken again"):
+        loop.train()
