@@ -19,7 +19,8 @@ UNKNOWN_KEYS = [
     ("training: {path: x}", "training.path: unknown key; did you mean data.path or data.tokenizer.path?"),
     (
         "training: {optimizer: {learning_speed: 1}}",
-        "training.optimizer.learning_speed: unknown key; known here: optimizer_type, lr, weight_decay, betas, eps",
+        "training.optimizer.learning_speed: unknown key; known here: optimizer_type, lr, weight_decay, betas, eps, "
+        "momentum, moments, in_backward",
     ),
     ("data: {tokenizer: {kinds: bpe}}", "data.tokenizer.kinds: unknown key; did you mean data.tokenizer.kind?"),
     ("zzz: 1", "zzz: unknown key; known here: model, training, data"),
@@ -223,6 +224,24 @@ IMPOSSIBLE = [
         "training.qlora.rank_pattern: 'increasing' is not read when strategy is simplified; set progressive or "
         "variable",
     ),
+    (
+        "training: {optimizer: {optimizer_type: sgd, moments: int8}}",
+        "training.optimizer.moments: 'int8' is read by adamw and muon (optimizer_type is sgd)",
+    ),
+    (
+        "training: {optimizer: {momentum: 0.9}}",
+        "training.optimizer.momentum: 0.9 is read by muon and sgd (optimizer_type is adamw)",
+    ),
+    (
+        "training: {optimizer: {in_backward: true}}",
+        "training.optimizer.in_backward: true cannot clip by the norm of all gradients (grad_clip is 1), which is not "
+        "known before the first update; set grad_clip: null",
+    ),
+    (
+        "training: {optimizer: {optimizer_type: muon}, progressive: {new_stack_precision: bfloat16}}",
+        "training.progressive.new_stack_precision: 'bfloat16' weights are updated by adamw, which rounds at random; "
+        "optimizer_type is muon",
+    ),
     ("training: {strategy: phases}", "training.phases: must list the phases when strategy is phases"),
     (
         "training: {strategy: phases, phases: [{add: 1, sweep: left_to_right}]}",
@@ -231,6 +250,70 @@ IMPOSSIBLE = [
     (
         "training: {strategy: phases, phases: [{add: 1}, {trains: all, cycles: 2}]}",
         "training.phases[1].cycles: 2 is read beside sweep, not beside trains",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1}, {sweeep: left_to_right}]}",
+        "training.phases[1].sweeep: unknown key; did you mean sweep?",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1, at: rigth}]}",
+        "training.phases[0].at: 'rigth' is not allowed; allowed: right, left, middle, between; did you mean right?",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: rests}]}",
+        "training.phases[0].add: 'rests' is not allowed; allowed: rest, each or a whole number or null; did you mean "
+        "rest?",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 0}]}",
+        "training.phases[0].add: 0 is out of range; must be at least 1 or null",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1}, {trains: [0, head]}]}",
+        "training.phases[1].trains[1]: 'head' is not allowed; allowed: embedding or a whole number",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1, share: 0}]}",
+        "training.phases[0].share: 0 is out of range; must be above 0 and at most 1 or null",
+    ),
+    (
+        "training: {strategy: phases, phases: [{sweep: left_to_right, unit: block, group: 2}]}",
+        "training.phases[0].group: 2 is of Stacks; unit is block",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1}, {add: rest, trunk: qlora}]}",
+        "training.phases[1].trunk: 'qlora' trains adapters, and there are none; set training.qlora.enabled "
+        "or training.qlora.progressive_enabled to true",
+    ),
+    (
+        "training: {strategy: phases, phases: [{add: 1}, {add: 1, trunk: frozen}, {add: 1, precision: nf4}]}",
+        "training.phases[2].precision: 'nf4' is of a frozen trunk, but the trunk is trainable; set trunk: frozen or "
+        "qlora, or precision: full",
+    ),
+    (
+        "model: {tie_embeddings: true}\ntraining: {strategy: phases, phases: [{add: 1}, {add: 1, trunk: frozen}]}",
+        "model.tie_embeddings: true cannot go with training.phases[1].trunk: frozen, since training the "
+        "head would change what the trunk reads; set it to false, or the trunk to trainable",
+    ),
+    (
+        "training: {strategy: phases, progressive: {cache_activations: true, trunk_strategy: frozen}, "
+        "phases: [{add: rest}, {trains: all}]}",
+        "training.progressive.cache_activations: true needs Stacks appended to a frozen trunk: what is cached would "
+        "change with a trunk that trains, or with Stacks that join before it; set trunk_strategy: frozen and "
+        "building_mode: append",
+    ),
+    (
+        "training: {strategy: end_to_end, offload: host}",
+        "training.offload: 'host' is of frozen Stacks, and no phase freezes any",
+    ),
+    (
+        "training: {strategy: phases, offload: host, phases: [{add: rest}, {trains: all}]}",
+        "training.offload: 'host' is of frozen Stacks, and no phase freezes any",
+    ),
+    (
+        "training: {qlora: {rank_pattern: increasng}}",
+        "training.qlora.rank_pattern: 'increasng' is not allowed; allowed: constant, increasing, decreasing or a list; "
+        "did you mean increasing?",
     ),
     (
         "training: {end_to_end_scope: blockwise}",
@@ -329,3 +412,30 @@ def test_from_dict_refuses_what_is_not_a_mapping() -> None:
     with pytest.raises(ConfigError, match="a config is a mapping with the sections model, training and data, not list"):
         StackWiseConfig.from_dict([])  # type: ignore[arg-type]
     assert StackWiseConfig.from_dict(None) == StackWiseConfig()
+
+
+ENTRIES_THAT_FREEZE = [
+    "{sweep: left_to_right}",
+    "{unfreeze: right_to_left}",
+    "{trains: [0]}",
+    "{add: 1, trunk: frozen}",
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES_THAT_FREEZE)
+def test_stacks_may_wait_off_the_device_where_some_phase_freezes_them(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"training: {{strategy: phases, offload: host, phases: [{{add: 1}}, {entry}]}}", encoding="utf-8")
+    assert StackWiseConfig.from_yaml(file).training.offload == "host"
+
+
+def test_what_a_first_entry_says_of_a_trunk_is_of_none() -> None:
+    """A tied Rack may begin so, and a cache may come later: no Stack is trunk yet."""
+    first = {"add": 1, "trunk": "frozen"}
+    tied = {
+        "model": {"tie_embeddings": True},
+        "training": {"strategy": "phases", "phases": [first, {"add": 1, "trunk": "trainable"}]},
+    }
+    assert StackWiseConfig.from_dict(tied).model.tie_embeddings
+    cached = {"strategy": "phases", "phases": [{"add": 1}, {"add": "each", "trunk": "frozen"}]}
+    StackWiseConfig.from_dict({"training": {**cached, "progressive": {"cache_activations": True}}})

@@ -334,8 +334,40 @@ def test_a_cached_run_shares_its_batches_and_enters_before_the_new_stack():
         (["{add: 4}"], r"training\.phases\[0\]\.add: 4, but 3 are left"),
         (["{add: rest}", "{add: each}"], r"training\.phases\[1\]: 3 Stacks are to be grown"),
         (["{add: 2}", "{trains: [2]}"], r"training\.phases\[1\]\.trains: there is no Stack 2 then"),
+        (["{add: 2, at: between}"], r"training\.phases\[0\]\.at: 'between' needs Stacks that are there"),
+        (["{add: rest, share: 1.0}", "{trains: all}"], r"training\.phases\[1\]\.share: null is a part of what"),
     ],
 )
 def test_entries_that_cannot_be_are_refused_with_their_number(entries, message):
     with pytest.raises(UserError, match=message):
         listed(*entries)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ("{add: 2}", "{sweep: left_to_right}", "{add: 1}", "{sweep: left_to_right}"),
+        ("{add: rest}", "{sweep: left_to_right, group: 2}", "{sweep: right_to_left}", "{sweep: left_to_right}"),
+        ("{add: rest}", "{sweep: left_to_right, unit: block}", "{sweep: left_to_right, cycles: 2}"),
+        ("{add: rest}", "{unfreeze: right_to_left}", "{unfreeze: left_to_right}", "{unfreeze: right_to_left}"),
+    ],
+)
+def test_names_are_unique_however_often_a_part_returns(entries):
+    names = [p.name for p in listed(*entries)]
+    assert len(set(names)) == len(names)
+
+
+def test_sweeps_are_numbered_through_the_run():
+    phases = listed("{add: 2}", "{sweep: left_to_right, cycles: 2}", "{add: 1}", "{sweep: right_to_left}")
+    assert [p.name for p in phases if p.name.startswith("sweep")] == [
+        "sweep 1, stack 0", "sweep 1, stack 1", "sweep 2, stack 0", "sweep 2, stack 1",
+        "sweep 3, stack 2", "sweep 3, stack 1", "sweep 3, stack 0",
+    ]  # fmt: skip
+
+
+def test_patterns_that_count_the_stacks_refuse_a_rack_with_more():
+    pattern = "training.qlora={enabled: true, strategy: variable, rank_pattern: [1, 2, 3]}"
+    with pytest.raises(UserError, match=r"training\.progressive\.target_stacks: 3, but the Rack has a Stack 3"):
+        build_phases(config("training.strategy=end_to_end", pattern), present=(3, 0, 1))
+    same = build_phases(config("training.strategy=end_to_end", "training.qlora.enabled=true"), present=(3, 0, 1))
+    assert [a.rank for a in same[0].adapters] == [16, 16, 16]

@@ -5,8 +5,9 @@ from stackwise.config.schema import OptimizerConfig
 from stackwise.errors import RunError
 from stackwise.growth.rack_builder import set_trainable, zero_residual_outputs
 from stackwise.model.architecture import create_simple_rack
+from stackwise.optim.create import create_optimizer
 from stackwise.training.assertions import TrainingCheck, fingerprint
-from stackwise.training.optimizers import create_optimizer, trained_parameters
+from stackwise.training.optimizers import trained_parameters
 
 IDS = torch.arange(21).reshape(3, 7)
 
@@ -19,7 +20,7 @@ class Steps:
         prepare(self.rack)
         set_trainable(self.rack, ["stack.1", "norm", "head"])
         self.parameters = trained_parameters(self.rack)
-        optimized = [p for name, p in self.parameters.items() if name not in lacking]
+        optimized = {name: p for name, p in self.parameters.items() if name not in lacking}
         self.optimizer = create_optimizer(optimized, OptimizerConfig(weight_decay=decay, lr=lr))
         self.check = TrainingCheck(self.rack, self.parameters, patience)
 
@@ -30,7 +31,7 @@ class Steps:
         for _ in range(n):
             self.loss().backward()
             before_update()
-            self.check.after_backward()
+            self.check.after_backward({name for name, p in self.parameters.items() if p.grad is not None})
             self.optimizer.step()
             self.optimizer.zero_grad()
             after_update()

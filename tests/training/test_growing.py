@@ -1,5 +1,7 @@
 """Growth through the loop: every trunk strategy, storage and place, fed from the cache, streamed from disk, resumed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -268,6 +270,11 @@ CASES = {
     "qlora": (lambda: grown("right", "qlora", "fp8", lora=True, joint=True), ()),
     "streamed": (lambda: grown("left", "qlora", "int8", lora=True), FROM_DISK),
     "trainable": (lambda: grown("middle", "trainable", joint=True), ()),
+    "in backward": (
+        lambda: grown("right", "trainable"),
+        ("training.grad_clip=null", "training.optimizer={lr: 0.01, moments: int8, in_backward: true}"),
+    ),
+    "muon": (lambda: grown("left", "frozen", "nf4"), ("training.optimizer={lr: 0.01, optimizer_type: muon}",)),
 }
 
 
@@ -339,6 +346,28 @@ def test_one_block_of_a_stack_trains_alone():
     start, end = recorder.starts[-1], recorder.ends[-1]
     moved = {name.split("/")[0] for name in start if not torch.equal(start[name], end[name])}
     assert moved == {"stack.1", "norm", "head"}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("micro", [None, 3])
+def test_updating_inside_the_backward_pass_trains_the_same_run(kind, micro):
+    settings = ["training.grad_clip=null"] + ([] if micro is None else [f"training.micro_batch_size={micro}"])
+    phases = grown("right", "qlora", "fp8", lora=True)
+    plain, _ = trained(phases, *settings, f"training.optimizer={{lr: 0.01, optimizer_type: {kind}}}")
+    inside, _ = trained(
+        phases, *settings, f"training.optimizer={{lr: 0.01, optimizer_type: {kind}, in_backward: true}}"
+    )
+    assert result(inside) == result(plain)
+
+
+def test_a_new_stack_may_train_in_bfloat16():
+    phases = [replace(p, precision=((i, "bfloat16"),)) for i, p in enumerate(grown("right", "frozen"))]
+    loop, recorder = trained(phases, "training.progressive.new_stack_precision=bfloat16")
+    start, end = recorder.starts[-1], recorder.ends[-1]
+    moved = [n for n in start if n.startswith("stack.2/") and n.endswith("proj.weight")]
+    assert len(moved) == 7 and all(start[n].dtype == torch.bfloat16 for n in moved)
+    assert not any(torch.equal(start[n], end[n]) for n in moved)
+    assert loop.state.records[-1].last_loss < loop.state.records[0].first_loss
 
 
 def test_batches_that_cannot_be_taken_again_are_refused():

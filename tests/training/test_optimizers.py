@@ -6,8 +6,8 @@ from stackwise.config.schema import OptimizerConfig
 from stackwise.growth.phases import Growth, Phase, Schedule
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
+from stackwise.optim.create import create_optimizer
 from stackwise.training.optimizers import (
-    create_optimizer,
     flatten,
     moments_for_phase,
     moments_of,
@@ -41,7 +41,7 @@ def test_adamw_equals_torchs_unfused_one():
     settings = OptimizerConfig(lr=0.03, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
     ours = [nn.Parameter(drawn(5, 3, seed=1)), nn.Parameter(drawn(7, seed=2))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    fused = create_optimizer(ours, settings)
+    fused = create_optimizer({str(i): p for i, p in enumerate(ours)}, settings)
     plain = torch.optim.AdamW(
         [{"params": theirs[:1], "weight_decay": 0.2}, {"params": theirs[1:], "weight_decay": 0.0}],
         lr=0.03, betas=(0.8, 0.9), eps=1e-6, fused=False, foreach=False,
@@ -61,7 +61,7 @@ def test_matrices_decay_and_vectors_do_not():
     model = rack()
     parameters = trained_parameters(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = create_optimizer(parameters.values(), OptimizerConfig(lr=0.5, weight_decay=0.2))
+    optimizer = create_optimizer(parameters, OptimizerConfig(lr=0.5, weight_decay=0.2))
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -75,7 +75,7 @@ def test_only_what_trains_is_in_the_optimizer_and_has_state():
     set_trainable(model, ["stack.1", "norm"])
     parameters = trained_parameters(model)
     assert {name.split("/")[0] for name in parameters} == {"stack.1", "norm"}
-    optimizer = create_optimizer(parameters.values(), OptimizerConfig())
+    optimizer = create_optimizer(parameters, OptimizerConfig())
     model(torch.zeros(2, 3, dtype=torch.int64)).square().sum().backward()
     optimizer.step()
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in parameters.values()}
@@ -89,11 +89,11 @@ def test_an_optimizer_with_the_moments_of_another_takes_the_same_steps():
         optimizer.step()
 
     a = nn.Parameter(drawn(5, 3))
-    first = create_optimizer([a], OptimizerConfig())
+    first = create_optimizer({"a": a}, OptimizerConfig())
     for number in range(3):
         step(a, first, number)
     b = nn.Parameter(a.detach().clone())
-    second = create_optimizer([b], OptimizerConfig())
+    second = create_optimizer({"b": b}, OptimizerConfig())
     moments = unflatten({k: v.clone() for k, v in flatten(moments_of(first, {"x/y.weight": a})).items()})
     assert moments.keys() == {"x/y.weight"}
     set_moments(second, {"x/y.weight": b}, moments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import types
 import typing
@@ -105,6 +106,19 @@ def _split(schema: type[Section], location: tuple[Any, ...]) -> tuple[tuple[str,
     return tuple(keys), tuple(part for part in location[len(keys) :] if isinstance(part, int))
 
 
+def _entry(schema: type[Section], location: tuple[Any, ...]) -> tuple[str, type[Section], tuple[Any, ...]]:
+    """Where ``location`` leads into an entry of a list of sections: the entry, its class, and the way from there."""
+    for depth in range(1, len(location) - 1):
+        names, position = location[:depth], location[depth]
+        if not (isinstance(position, int) and all(isinstance(name, str) for name in names)):
+            continue
+        field = _field(schema, names)
+        inner = next(iter(typing.get_args(field.annotation)), None) if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, Section):
+            return f"{'.'.join(names)}[{position}].", inner, location[depth + 1 :]
+    return "", schema, location
+
+
 def _bounds(annotation: Any) -> Iterator[Any]:
     """The bounds written anywhere in an annotation or field."""
     if isinstance(annotation, Ge | Gt | Le | Lt):
@@ -142,6 +156,17 @@ def _reason(field: FieldInfo | None) -> str:
     return f" ({field.description})" if field is not None and field.description else ""
 
 
+def _expected(value: Any, options: list[Any], types: list[str], null: str, field: FieldInfo | None) -> str:
+    """What is wrong with a value that is none of ``options`` and of none of ``types``."""
+    if not options:
+        return f"has the wrong type; must be {' or '.join(types)}{null}"
+    names = [str(option).lower() if isinstance(option, bool) else str(option) for option in options]
+    near = difflib.get_close_matches(str(value), names, 1, 0.7)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    why = _reason(field) if len(options) == 1 and not types else ""
+    return f"is not allowed; allowed: {' or '.join([', '.join(names), *types])}{null}{why}{hint}"
+
+
 def show(value: Any) -> str:
     """``value`` as YAML would have it, shortened, on one line."""
     if value is None:
@@ -156,29 +181,36 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
     """The first problem in one line, and how many more there are."""
     problems: dict[str, str] = {}
     wrong_types: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     for detail in error.errors():
-        kind, location, value = detail["type"], detail["loc"], detail["input"]
+        kind, value = detail["type"], detail["input"]
+        entry, owner, location = _entry(schema, detail["loc"])
         context = detail.get("ctx", {})
-        path, positions = _split(schema, location)
-        field = _field(schema, path)
+        path, positions = _split(owner, location)
+        field = _field(owner, path)
         if kind in _COUNTS:
             positions = ()
-        dotted = ".".join(path) + "".join(f"[{position}]" for position in positions)
+        dotted = entry + ".".join(path) + "".join(f"[{position}]" for position in positions)
         if kind == "extra_forbidden":
-            message = unknown_key(schema, path)
+            message = entry + unknown_key(owner, path)
         elif kind == "invalid_key":
-            parent = ".".join(path[:-1])
+            parent = entry + ".".join(path[:-1])
             message = f"{parent or 'the config'}: {show(value)} is not a key; keys are names"
         elif kind == "conflict":
             dotted = f"{dotted}.{context['key']}" if dotted else context["key"]
             message = f"{dotted}: {context['problem']}"
-        elif kind == "literal_error" and field is not None:
-            options = [str(option) for option in options_of(field.annotation)]
-            near = difflib.get_close_matches(str(value), options, 1, 0.7)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            allowed = ", ".join(option.lower() if option in ("True", "False") else option for option in options)
-            why = _reason(field) if len(options) == 1 else ""
-            message = f"{dotted}: {show(value)} is not allowed; allowed: {allowed}{_or_null(field)}{why}{hint}"
+        elif (kind == "literal_error" and field is not None) or kind in _TYPES:
+            # One detail for each branch of a union: name them all, unless one of them took the type.
+            if dotted in problems and dotted not in refused and dotted not in wrong_types:
+                continue
+            options, types = refused.setdefault(dotted, []), wrong_types.setdefault(dotted, [])
+            if kind == "literal_error":  # of this branch: 'left', 'middle' or 'right'
+                options += ast.literal_eval(f"[{context['expected'].replace(' or ', ', ')}]")
+            else:
+                types.append(_TYPES[kind])
+            null = "" if positions else _or_null(field)
+            problems[dotted] = f"{dotted}: {show(value)} {_expected(value, options, types, null, field)}"
+            continue
         elif kind == "none_required":
             message = f"{dotted}: {show(value)} is not allowed; allowed: null{_reason(field)}"
         elif kind in _OUT_OF_RANGE and field is not None:
@@ -188,13 +220,6 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
             message = f"{dotted}: {show(value)} is out of range; must be a finite number"
         elif kind in _COUNTS:
             message = f"{dotted}: {show(value)} has the wrong number of entries; must be {_entries(field)}"
-        elif kind in _TYPES:
-            # One detail for each branch of a union: name them all.
-            wanted = wrong_types.setdefault(dotted, [])
-            wanted.append(_TYPES[kind])
-            null = "" if positions else _or_null(field)
-            problems[dotted] = f"{dotted}: {show(value)} has the wrong type; must be {' or '.join(wanted)}{null}"
-            continue
         else:
             message = f"{dotted}: {show(value)} is not allowed: {detail['msg']}"
         problems.setdefault(dotted, message)

@@ -379,16 +379,49 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    optimizer_type: Literal["adamw"] = Field("adamw", description="AdamW (fused)")
+    optimizer_type: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw", description="adamw; muon: on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
+    )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="Peak learning rate")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        0.1, description="Decoupled decay of matrices; vectors are not decayed"
+        0.1, description="Decay of matrices (adamw, muon: decoupled); vectors are not decayed"
     )
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]],
         BeforeValidator(_tuple),
-    ] = Field((0.9, 0.95), description="Decay rates of the two moments")
-    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="Added to the root of the second moment")
+    ] = Field((0.9, 0.95), description="AdamW: decay rates of the two moments")
+    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="AdamW: added to the root of the second moment")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="muon, sgd: null: 0.95 for muon, 0.9 for sgd"
+    )
+    moments: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="AdamW: storage of the two moments: 8, 4 or 2 bytes a weight"
+    )
+    in_backward: bool = Field(
+        False,
+        description="Update each parameter inside the backward pass, so that gradients never exist all at once (with "
+        "micro-batches they still add up); needs grad_clip: null",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        readers = {"betas": ("adamw", "muon"), "eps": ("adamw", "muon"), "moments": ("adamw", "muon")}
+        for key, types in {**readers, "momentum": ("muon", "sgd")}.items():
+            value = getattr(self, key)
+            if self.optimizer_type not in types and value != type(self).model_fields[key].default:
+                shown = list(value) if isinstance(value, tuple) else value
+                raise conflict(
+                    key, f"{shown!r} is read by {' and '.join(types)} (optimizer_type is {self.optimizer_type})"
+                )
+        return self
+
+    @property
+    def muon_momentum(self) -> float:
+        return 0.95 if self.momentum is None else self.momentum
+
+    @property
+    def sgd_momentum(self) -> float:
+        return 0.9 if self.momentum is None else self.momentum
 
 
 class ScheduleConfig(Section):
@@ -571,6 +604,11 @@ class QLoRAConfig(Section):
             raise conflict("rank_pattern", "must list a rank for each Stack when strategy is variable")
         return self
 
+    @property
+    def varies(self) -> bool:
+        """Whether stack adapters differ from Stack to Stack."""
+        return self.enabled and (self.rank_pattern, self.alpha_pattern) != ("constant", "constant")
+
     def stack_adapter(self, stack_id: int, n_stacks: int) -> tuple[int, float]:
         """Rank and alpha of the stack adapter of the Stack ``stack_id`` in a Rack that grows to ``n_stacks``."""
         rank, alpha = _patterned(self.rank, self.rank_pattern, stack_id, n_stacks), self.alpha
@@ -686,6 +724,19 @@ class TrainingConfig(Section):
                 given[1],
                 f"{getattr(self, given[1])} and {given[0]} ({getattr(self, given[0])}) are both set; keep one budget",
             )
+        if self.optimizer.in_backward and self.grad_clip is not None:
+            raise conflict(
+                "optimizer.in_backward",
+                f"true cannot clip by the norm of all gradients (grad_clip is {self.grad_clip:g}), which is not known "
+                "before the first update; set grad_clip: null",
+            )
+        trains_bf16 = self.progressive.new_stack_precision == "bfloat16"
+        if trains_bf16 and self.optimizer.optimizer_type != "adamw":
+            raise conflict(
+                "progressive.new_stack_precision",
+                f"'bfloat16' weights are updated by adamw, which rounds at random; optimizer_type is "
+                f"{self.optimizer.optimizer_type}",
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise conflict(
                 "micro_batch_size",
@@ -762,6 +813,11 @@ class DataConfig(Section):
         if self.source == "huggingface" and not isinstance(self.path, str):
             raise conflict("path", f"{list(self.path or ())!r} must be one data set name when source is huggingface")
         return self
+
+
+def _key_of(settings: dict[str, str], wanted: str) -> str:
+    """The first key that has the value ``wanted``."""
+    return next(key for key, value in settings.items() if value == wanted)
 
 
 class StackWiseConfigFields(Section):
@@ -845,23 +901,26 @@ class StackWiseConfigFields(Section):
                 "training.end_to_end_scope",
                 f"{training.end_to_end_scope!r} is read when strategy is end_to_end (it is {training.strategy})",
             )
-        adding = [entry for entry in training.phases if entry.add is not None]
-        strategies = {entry.trunk or progressive.trunk_strategy for entry in adding}
-        precisions = {entry.precision or progressive.trunk_precision for entry in adding}
-        if training.strategy == "progressive":
-            strategies, precisions = {progressive.trunk_strategy}, {progressive.trunk_precision}
-        if self.target_stacks == 1 and self.model.initial is None:
-            strategies = set()  # no Stack ever is trunk
+        trunks = self._trunks()
+        for i, entry in enumerate(training.phases):
+            strategy = entry.trunk or progressive.trunk_strategy
+            if strategy == "trainable" and entry.precision not in (None, "full"):
+                raise conflict(
+                    f"training.phases[{i}].precision",
+                    f"{entry.precision!r} is of a frozen trunk, but the trunk is trainable; "
+                    "set trunk: frozen or qlora, or precision: full",
+                )
+        strategies = set(trunks.values())
         if "qlora" in strategies and not (qlora.enabled or qlora.progressive_enabled):
             raise conflict(
-                "training.progressive.trunk_strategy",
+                _key_of(trunks, "qlora"),
                 "'qlora' trains adapters, and there are none; set training.qlora.enabled or "
                 "training.qlora.progressive_enabled to true",
             )
-        if strategies == {"trainable"} and precisions != {"full"}:
+        if strategies == {"trainable"} and progressive.trunk_precision != "full":
             raise conflict(
                 "training.progressive.trunk_precision",
-                f"{(precisions - {'full'}).pop()!r} is of a frozen trunk, but trunk_strategy is trainable; "
+                f"{progressive.trunk_precision!r} is of a frozen trunk, but trunk_strategy is trainable; "
                 "set trunk_strategy: frozen or qlora, or trunk_precision: full",
             )
         if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not qlora.enabled:
@@ -870,25 +929,28 @@ class StackWiseConfigFields(Section):
                 f"{progressive.new_stack_precision!r} cannot train; allowed: {', '.join(TRAINABLE_PRECISIONS)}, or "
                 "set training.qlora.enabled: true, whose adapters train",
             )
-        first = self.model.initial is None
-        if first and strategies & {"frozen", "qlora"} and self.model.tie_embeddings:
+        still = strategies - {"trainable"}
+        if still and self.model.tie_embeddings and self.model.initial is None:
+            kind = min(still)
             raise conflict(
                 "model.tie_embeddings",
-                f"true cannot go with training.progressive.trunk_strategy: {progressive.trunk_strategy}, since "
+                f"true cannot go with {_key_of(trunks, kind)}: {kind}, since "
                 "training the head would change what the trunk reads; set it to false, or the trunk to trainable",
             )
         if progressive.cache_activations:
-            append = all(entry.at == "right" for entry in adding) and progressive.building_mode == "append"
-            if strategies - {"frozen"} or not append or training.strategy == "end_to_end":
+            append = training.strategy == "progressive" and progressive.building_mode == "append"
+            if training.strategy == "phases":
+                append = bool(trunks) and all(entry.at == "right" for entry in training.phases)
+            if strategies - {"frozen"} or not append:
                 raise conflict(
                     "training.progressive.cache_activations",
                     "true needs Stacks appended to a frozen trunk: what is cached would change with a trunk that "
                     "trains, or with Stacks that join before it; set trunk_strategy: frozen and building_mode: append",
                 )
-        if training.offload != "none" and strategies <= {"trainable"} and training.strategy == "progressive":
-            raise conflict(
-                "training.offload", f"{training.offload!r} is of frozen Stacks, but trunk_strategy is trainable"
-            )
+        if training.offload != "none" and not self.freezes_stacks:
+            grows = training.strategy == "progressive" and trunks
+            why = "but trunk_strategy is trainable" if grows else "and no phase freezes any"
+            raise conflict("training.offload", f"{training.offload!r} is of frozen Stacks, {why}")
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(qlora, key)
             if not isinstance(pattern, str) and len(pattern) < self.target_stacks:
@@ -896,6 +958,28 @@ class StackWiseConfigFields(Section):
                     f"training.qlora.{key}",
                     f"has {len(pattern)} entries for {self.target_stacks} Stacks; give one a Stack",
                 )
+
+    def _trunks(self) -> dict[str, str]:
+        """What the trunk does when Stacks join one, by the key that says it."""
+        training, default = self.training, "training.progressive.trunk_strategy"
+        strategy, present = training.progressive.trunk_strategy, self.model.initial is not None
+        if training.strategy == "progressive":
+            return {default: strategy} if present or self.target_stacks > 1 else {}
+        return {
+            default if entry.trunk is None else f"training.phases[{i}].trunk": entry.trunk or strategy
+            for i, entry in enumerate(training.phases)
+            if entry.add == "each" or (entry.add is not None and (present or i > 0))
+        }
+
+    @property
+    def freezes_stacks(self) -> bool:
+        """Whether there are Stacks that do not train, in some phase."""
+        training = self.training
+        if training.strategy == "end_to_end":
+            return training.end_to_end_scope != "rackwise"
+        some = any(entry.sweep or entry.unfreeze or isinstance(entry.trains, tuple) for entry in training.phases)
+        stored = training.progressive.new_stack_precision not in TRAINABLE_PRECISIONS
+        return some or stored or bool(set(self._trunks().values()) - {"trainable"})
 
     @property
     def tight_allocator(self) -> bool:

@@ -42,8 +42,14 @@ class _Course:
     def __init__(self, config: StackWiseConfig, present: tuple[int, ...]) -> None:
         self.config, self.stacks = config, present
         self.drafts: list[Draft] = []
+        self._cycles = 0
         self._precision: dict[int, Precision] = {}
         self._adapters: dict[tuple[int, AdapterKind], Adapter] = {}
+        if config.training.qlora.varies and any(k >= config.target_stacks for k in present):
+            raise UserError(
+                f"training.progressive.target_stacks: {config.target_stacks}, but the Rack has a Stack {max(present)}; "
+                "training.qlora.rank_pattern and alpha_pattern count all Stacks, so set it higher"
+            )
         for k in present:
             self._give_stack_adapter(k)
 
@@ -105,11 +111,11 @@ class _Course:
                 ids = self.stacks[i : i + group]
                 name = f"stack {ids[0]}" if len(ids) == 1 else "stacks " + ", ".join(map(str, ids))
                 units.append((name, [f"stack.{k}" for k in ids], i == 0))
-        turns = len([d for d in self.drafts if d.phase.name.startswith("sweep")]) // max(1, len(units))
-        for cycle in range(cycles):
+        for _ in range(cycles):
+            self._cycles += 1
             for name, trained, leftmost in units if rightwards else units[::-1]:
                 # The embedding has its turn with the leftmost unit, which reads it.
-                self.train(f"sweep {turns + cycle + 1}, {name}", trained, leftmost, share / (cycles * len(units)))
+                self.train(f"sweep {self._cycles}, {name}", trained, leftmost, share / (cycles * len(units)))
 
     def unfreeze(self, share: float, *, rightwards: bool) -> None:
         """First the last Stack (or the first one) trains, then one more in each phase, in the end everything."""
@@ -131,10 +137,12 @@ class _Course:
         enters: int = 0,
     ) -> None:
         config = self.config
+        before = [draft.phase.name for draft in self.drafts]
+        times = 1 + sum(other == name or other.startswith(f"{name} (") for other in before)
         parts = [part if isinstance(part, str) else f"stack.{part}" for part in trained]
         trains = (*(("embedding",) if embedding else ()), *parts, "norm", *(("head",) if config.model.has_head else ()))
         phase = Phase(
-            name,
+            name if times == 1 else f"{name} ({times})",
             self.stacks,
             trains,
             0,
@@ -221,14 +229,19 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     course = _Course(config, present)
     entries = config.training.phases
     given = [entry.share for entry in entries]
+    if None in given and sum(share or 0.0 for share in given) >= 1.0:
+        raise UserError(
+            f"training.phases[{given.index(None)}].share: null is a part of what the others leave of the budget, and "
+            "they leave nothing; give it a share, or the others less"
+        )
     missing = max(0.0, 1.0 - sum(share or 0.0 for share in given)) / max(1, given.count(None))
     shares = [missing if share is None else share for share in given]
-    if not sum(shares) > 0.0:
-        raise UserError("training.phases: no entry has a share of the budget")
     for i, (entry, part) in enumerate(zip(entries, shares)):
         share, where = part / sum(shares), f"training.phases[{i}]"
         if entry.add is None and not course.stacks:
             raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add some")
+        if entry.at == "between" and not course.stacks:
+            raise UserError(f"{where}.at: 'between' needs Stacks that are there; allowed here: right, left, middle")
         if entry.add is not None:
             waiting = _waiting(config, course.stacks, where)
             count = len(waiting) if isinstance(entry.add, str) else entry.add

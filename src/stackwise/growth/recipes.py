@@ -157,7 +157,7 @@ _ALL = (
         _OWN,
         _phases(
             {"add": "each", "trunk": "frozen", "share": 0.5},
-            {"sweep": "left_to_right", "group": 2, "share": 0.25},
+            {"sweep": "right_to_left", "group": 2, "share": 0.25},
             {"trains": "all", "share": 0.25},
             new_stack_init="copy",
         ),

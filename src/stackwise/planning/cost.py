@@ -33,9 +33,8 @@ from stackwise.model.spec import BlockSpec
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
+from stackwise.optim.create import state_bytes
 
-ADAM_BYTES = 8
-"""Two fp32 moments a trained parameter."""
 READ_AHEAD = 3
 """Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
 
@@ -192,9 +191,7 @@ def measure_segments(
     """
     parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    state = ADAM_BYTES * sum(p.numel() for p in trained.values())
-    if optimizer is not None:
-        state = ADAM_BYTES * sum(p.numel() for p in trained.values())
+    state = sum(state_bytes(optimizer or OptimizerConfig(), name, p) for name, p in trained.items())
     gradients = sum(_bytes(p) for p in trained.values())
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     boundary = torch.zeros(batch_size, seq_len, rack.d_model) if entered else None
@@ -203,6 +200,9 @@ def measure_segments(
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
     hooks = [stack.register_forward_hook(partial(_marking, ledger)) for stack in rack.stacks]
+    if optimizer is not None and optimizer.in_backward and micro_batches == 1:
+        for parameter in trained.values():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
             hidden = rack.hidden(inputs, boundary=boundary)
@@ -544,6 +544,11 @@ def preparation_flops(phases: Sequence[Phase], costs: Sequence[PhaseCost]) -> li
         flops.append(sum(cost.roll_flops[start:]) * phase.examples[1])
         there = phase.enters
     return flops
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """As where the update happens inside the backward pass."""
+    parameter.grad = None
 
 
 def _bytes(tensor: Tensor) -> int:

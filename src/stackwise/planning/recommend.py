@@ -110,7 +110,7 @@ def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[
             yield ("training.progressive.trunk_precision=nf4",)
         if grows and not progressive.cache_activations:
             yield ("training.progressive.cache_activations=true",)
-        if training.offload == "none":
+        if training.offload == "none" and (grows or config.freezes_stacks):
             yield ("training.offload=disk" if "host memory" in missing else "training.offload=host",)
         architecture = config.model.architecture
         if isinstance(architecture.blocks_per_stack, int) and progressive.target_stacks is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,11 @@ class TrainingCheck:
     def done(self) -> bool:
         return self._steps > 0 and not self._waiting
 
-    def after_backward(self) -> None:
-        """Call after the first backward pass of a step, before the update."""
+    def after_backward(self, with_gradients: Collection[str]) -> None:
+        """Call after the backward pass of a step, with the names of the trained parameters that got a gradient."""
         if self._steps:
             return
-        without = sorted(name for name, p in self._trained.items() if p.grad is None)
+        without = sorted(set(self._trained) - set(with_gradients))
         extra = sorted(name for name, p in self._frozen.items() if p.grad is not None)
         if without:
             raise RunError(f"{without[0]} should train in this phase but got no gradient ({len(without)} such)")

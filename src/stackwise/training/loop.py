@@ -29,6 +29,7 @@ from stackwise.objectives.base import Objective
 from stackwise.objectives.scoring import Validation
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.precision import autocast
+from stackwise.optim.create import InBackward, create_optimizer
 from stackwise.training.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
 from stackwise.training.assertions import TrainingCheck
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
@@ -37,7 +38,7 @@ from stackwise.training.initial import structure
 from stackwise.training.memory import PeakMemory
 from stackwise.training.offload import Offload, Source, all_tensors
 from stackwise.training.optimizers import (
-    create_optimizer,
+    AnyOptimizer,
     flatten,
     moments_for_phase,
     moments_of,
@@ -146,6 +147,7 @@ class Loop:
         self._saved_frozen: set[str] = set()
         self.offload = Offload(device)
         self.cache: ActivationCache | None = None
+        self._inside: InBackward | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -183,7 +185,14 @@ class Loop:
                 if module.stack_id not in self.offload.away:
                     module.compile(dynamic=False)
         parameters = trained_parameters(rack)
-        optimizer = create_optimizer(parameters.values(), training.optimizer)
+        self._inside = None
+        optimizer: AnyOptimizer
+        if training.optimizer.in_backward:
+            self._inside = InBackward(parameters, training.optimizer, training.seed)
+            stack.callback(self._inside.close)
+            optimizer = self._inside.optimizer
+        else:
+            optimizer = create_optimizer(parameters, training.optimizer, training.seed)
         resumed = state.phase_step > 0
         set_moments(
             optimizer,
@@ -275,7 +284,7 @@ class Loop:
 
     def _step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         parameters: dict[str, torch.nn.Parameter],
         check: TrainingCheck,
         examples: PhaseExamples,
@@ -290,27 +299,31 @@ class Loop:
             raise RunError(f"step {state.step}: no token of the batch counts in the loss; raise batch_size or seq_len")
         example = example.to(self.device)
         total = torch.zeros((), device=self.device)
-        for micro in example.micro_batches(training.micro_batch_size or len(example.inputs)):
+        micro_batches = list(example.micro_batches(training.micro_batch_size or len(example.inputs)))
+        for i, micro in enumerate(micro_batches):
             with autocast(self.device, self.compute_dtype):
                 loss = self.objective.loss(self.rack, micro, 1.0 / count)
-            loss.backward()
             total += loss.detach()
-        if not check.done:
-            check.after_backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        loss_value, norm_value = float(total), float(norm)
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            what = (
-                f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
-            )
-            raise RunError(
-                f"step {state.step}: {what}; nothing was updated, the last checkpoint is good; "
-                "a lower training.optimizer.lr or a longer warm-up is the usual cure"
-            )
-        if training.grad_clip is not None and norm_value > training.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            if self._inside is not None and i == len(micro_batches) - 1:
+                self._check_finite("the loss", float(total), "nothing was updated")
+                self._inside.start()
+            loss.backward()
+        if self._inside is not None:
+            loss_value, norm_value = float(total), self._inside.norm()
+            if not check.done:
+                check.after_backward(self._inside.seen)
+            self._check_finite("the gradient norm", norm_value, "some parameters were updated and others not")
+        else:
+            if not check.done:
+                check.after_backward({name for name, p in parameters.items() if p.grad is not None})
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+            loss_value, norm_value = float(total), float(norm)
+            self._check_finite("the loss", loss_value, "nothing was updated")
+            self._check_finite("the gradient norm", norm_value, "nothing was updated")
+            if training.grad_clip is not None and norm_value > training.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if not check.done:
             check.after_step()
         return loss_value, norm_value, example.inputs.numel()
@@ -437,7 +450,14 @@ class Loop:
         """Of all weights, those that are away too."""
         return weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in all_tensors(self.rack, self.offload))
 
-    def _save(self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def _check_finite(self, what: str, value: float, updated: str) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"step {self.state.step}: {what} is {value}; {updated}, the last checkpoint is good; "
+                "a lower training.optimizer.lr or a longer warm-up is the usual cure"
+            )
+
+    def _save(self, phase: Phase, optimizer: AnyOptimizer, parameters: dict[str, torch.nn.Parameter]) -> None:
         if self.store is None:
             return
         parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Optimizers by name, and their state by parameter name, so that it survives growth and resume."""
+"""The state of optimizers by parameter name, so that it survives growth and resume."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import OptimizerConfig
 from stackwise.growth.phases import Phase
 from stackwise.model.architecture import Rack
+from stackwise.optim.create import Several
 
+AnyOptimizer = torch.optim.Optimizer | Several
 Moments = dict[str, dict[str, Tensor]]
 """Optimizer state of each parameter, by its full name ``part/name``."""
 
@@ -20,24 +21,12 @@ def trained_parameters(rack: Rack) -> dict[str, nn.Parameter]:
     return {f"{part}/{name}": p for part, name, p in rack.part_parameters() if p.requires_grad}
 
 
-def create_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (1711.05101), fused. Matrices decay; vectors (norms) do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
-
-
-def moments_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Moments:
+def moments_of(optimizer: AnyOptimizer, parameters: Mapping[str, nn.Parameter]) -> Moments:
     """The state of each named parameter that has one."""
     return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}
 
 
-def set_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Moments) -> None:
+def set_moments(optimizer: AnyOptimizer, parameters: Mapping[str, nn.Parameter], moments: Moments) -> None:
     """Gives the named parameters their state; those without an entry start fresh."""
     for name, parameter in parameters.items():
         if name in moments:

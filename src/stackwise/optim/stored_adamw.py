@@ -1,0 +1,115 @@
+"""AdamW whose moments, and whose weights, may be stored in fewer bits than it computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Moments = Literal["float32", "bfloat16", "int8"]
+BLOCK = 256
+"""Values of a moment that share a scale, as in 8-bit optimizers (2110.02861 §2.1)."""
+
+
+class StoredAdamW(torch.optim.Optimizer):
+    """AdamW (1711.05101 algorithm 2), computed in fp32 for one parameter at a time.
+
+    Moments are kept as fp32, bfloat16, or int8: 127 √(|m| / s) with m's sign and 255 (v / s)^¼, s the largest of 256.
+    These codes are fine near zero, so that a small second moment does not become none. What is stored in fewer bits,
+    bfloat16 parameters too, is rounded up or down at random with the nearer value likelier, so that changes below half
+    a unit are kept on average; the draw depends on (seed, step, shape) alone, so that a resumed run repeats it.
+
+    Args:
+        params: parameters or groups; float32 or bfloat16.
+        lr, betas, eps, weight_decay: as in AdamW.
+        moments: float32, bfloat16 or int8.
+        seed: of the rounding.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        moments: Moments = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.moments, self.seed = moments, seed
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.update(_stored(name, torch.zeros_like(p, dtype=torch.float32), self.moments, None))
+        state["step"] += 1
+        step = int(state["step"])
+        draw = torch.Generator(p.device).manual_seed(hash((self.seed, step, *p.shape)))
+        beta1, beta2 = group["betas"]
+        grad = p.grad.float()  # type: ignore[union-attr]
+        m = _read("exp_avg", state, p.shape).lerp_(grad, 1 - beta1)
+        v = _read("exp_avg_sq", state, p.shape).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        weight = p.float() if p.dtype != torch.float32 else p
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        root = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        weight.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**step))
+        if p.dtype != torch.float32:
+            p.copy_(round_at_random(weight, draw))
+        state.update(_stored("exp_avg", m, self.moments, draw))
+        state.update(_stored("exp_avg_sq", v, self.moments, draw))
+
+
+def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 → bfloat16, up with the probability of how far ``x`` is on the way up."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _stored(name: str, value: Tensor, kind: Moments, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """A moment as it is kept; rounded at random with ``generator``, to the nearest without."""
+    match kind:
+        case "float32":
+            return {name: value}
+        case "bfloat16":
+            return {name: value.to(torch.bfloat16) if generator is None else round_at_random(value, generator)}
+    flat = value.flatten()
+    rows = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = rows.abs().amax(dim=1)
+    share = rows / torch.where(scales == 0, 1.0, scales)[:, None]
+    signed = name == "exp_avg"
+    codes = share.abs().sqrt_().mul_(127).copysign_(share) if signed else share.sqrt_().sqrt_().mul_(255)
+    if generator is None:
+        codes = codes.round_()
+    else:
+        codes = (codes + torch.rand(codes.shape, device=codes.device, generator=generator)).floor_()
+    if signed:
+        codes = codes.clamp_(-127, 127).to(torch.int8)
+    else:
+        codes = torch.where(rows > 0, codes.clamp_(1, 255), 0.0).to(torch.uint8)
+    return {f"{name}_codes": codes.flatten()[: len(flat)].clone(), f"{name}_scales": scales}
+
+
+def _read(name: str, state: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """A moment in fp32 and of ``shape``; of fp32 ones the stored tensor itself."""
+    if name in state:
+        return state[name].float()
+    codes = state[f"{name}_codes"].float()
+    x = codes / (127 if name == "exp_avg" else 255)
+    share = x.abs() * x if name == "exp_avg" else x.square().square()
+    scales = state[f"{name}_scales"].repeat_interleave(BLOCK)[: len(codes)]
+    return (share * scales).view(shape)
