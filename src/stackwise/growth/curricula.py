@@ -282,9 +282,11 @@ def _waiting(config: StackWiseConfig, present: tuple[int, ...], where: str = "")
     """The ids of the Stacks that are still to be grown."""
     first, target = max(present, default=-1) + 1, config.target_stacks
     if first >= target:
+        key = "training.progressive.target_stacks"
+        if not where:
+            raise UserError(f"{key}: {target}, but the Rack has {len(present)} Stacks already; set it higher")
         raise UserError(
-            f"{where or 'training.progressive.target_stacks'}: {target} Stacks are to be grown, but the Rack has "
-            f"{len(present)} already; set training.progressive.target_stacks higher"
+            f"{where}: {target} Stacks are to be grown, but the Rack has {len(present)} then; set {key} higher"
         )
     return list(range(first, target))
 
