@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
+from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
 from stackwise.growth.rack_builder import insert_stacks, make_stacks, prepare_phase
+from stackwise.growth.recipes import RECIPES, apply_recipe
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
@@ -112,10 +114,11 @@ class Recorder(SilentReporter):
         self.ends.append(self.tensors())
 
 
-def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, validate=None):
-    settings = config(*overrides)
+def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, validate=None, settings=None):
+    settings = settings or config(*overrides)
     if checkpoint is None:
-        rack = create_rack_from_config(settings, n_stacks=0, vocab_size=V)
+        n_stacks = 0 if phases[0].growth else len(phases[0].stacks)
+        rack = create_rack_from_config(settings, n_stacks=n_stacks, vocab_size=V)
     else:
         phase = phases[min(checkpoint.state["run"]["phase"], len(phases) - 1)]
         away = phase.away(settings.training.offload) & set(checkpoint.state["stacks"])
@@ -384,3 +387,78 @@ def test_batches_that_cannot_be_taken_again_are_refused():
     )  # fmt: skip
     with pytest.raises(UserError, match="batches that can be taken again"):
         loop.train()
+
+
+def phases_of(recipe, *overrides):
+    """The phases of a recipe on the tiny Rack, two steps each at least, and its settings."""
+    settings = apply_recipe(config("training.max_steps=60", "training.schedule.kind=constant"), recipe)
+    settings = settings.override(overrides)
+    fewest = min(phase.steps for phase in build_phases(settings))
+    settings = settings.override([f"training.max_steps={-(-2 * 60 // fewest)}"])
+    return build_phases(settings), settings
+
+
+def moves(phase, name):
+    """Whether the phase trains the tensor ``part/name``."""
+    part, _, rest = name.partition("/")
+    if part.startswith("adapters."):
+        kind = rest.split(".adapters.")[1].split(".")[0]
+        return (int(part[9:]), kind) in {(a.stack, a.kind) for a in phase.adapters if a.trains}
+    return part in phase.trains or any(
+        f"{name}.".startswith(f"{trained}.") for trained in phase.trains if "/" in trained
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_what_it_says_and_resumes_exactly(tmp_path, recipe):
+    phases, settings = phases_of(recipe)
+    whole, recorder = trained(phases, run=new_run(tmp_path / "whole"), settings=settings)
+    for phase, start, end in zip(phases, recorder.starts, recorder.ends):
+        for name in start:
+            if not start[name].is_meta:
+                assert torch.equal(start[name], end[name]) != moves(phase, name), (phase.name, name)
+    total = sum(phase.steps for phase in phases)
+    stop_after = total * 2 // 3
+
+    class Interrupted(Recorder):
+        def step(self, done, metrics):
+            super().step(done, metrics)
+            if self.steps > stop_after:
+                raise Stop
+
+    run = new_run(tmp_path / "stopped")
+    with pytest.raises(Stop):
+        trained(phases, run=run, recorder=Interrupted(), settings=settings)
+    checkpoint = CheckpointStore(run.checkpoints).load()
+    resumed, _ = trained(phases, run=run, checkpoint=checkpoint, settings=settings)
+    assert checkpoint.step == stop_after and result(resumed) == result(whole)
+
+
+FROZEN_RECIPES = [name for name, r in RECIPES.items() if r.training.get("progressive", {}).get("trunk_strategy") in
+                  ("frozen", "qlora")]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "full"])
+@pytest.mark.parametrize("recipe", FROZEN_RECIPES)
+def test_recipes_with_a_frozen_trunk_keep_it_bit_identical_in_every_storage(tmp_path, recipe, precision):
+    phases, settings = phases_of(recipe, f"training.progressive.trunk_precision={precision}")
+    _, recorder = trained(phases, run=new_run(tmp_path / "run"), settings=settings)
+    for phase, start, end in zip(phases, recorder.starts, recorder.ends):
+        assert all(torch.equal(start[n], end[n]) != moves(phase, n) for n in start if not start[n].is_meta)
+    assert any(dict(phase.precision).get(0) == precision for phase in phases)
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_block_coordinate_sweeps_over_one_stack_are_plain_training(cycles):
+    one = ("model.architecture.n_stacks=1", "training.max_steps=9")
+    plain = build_phases(config(*one, "training.strategy=end_to_end"))
+    swept = config(*one).to_dict()
+    swept["training"] |= {
+        "strategy": "phases",
+        "phases": [{"add": 1, "share": 1 / 3}, {"sweep": "left_to_right", "cycles": cycles, "share": 2 / 3}],
+    }
+    phases = build_phases(StackWiseConfig.from_dict(swept))
+    assert len(phases) == 1 + cycles and sum(p.steps for p in phases) == plain[0].steps == 9
+    a, _ = trained([replace(plain[0], growth=(Growth(0, "random"),))], *one)
+    b, _ = trained(phases, *one)
+    assert a.weights_sha256() == b.weights_sha256()
