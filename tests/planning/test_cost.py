@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -5,11 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
-from stackwise.growth.rack_builder import set_trainable
-from stackwise.model.architecture import create_rack_from_config, create_simple_rack
+from stackwise.growth.phases import Adapter, Phase, Schedule
+from stackwise.growth.rack_builder import prepare_phase, set_trainable
+from stackwise.model.architecture import Stacks, create_rack_from_config, create_simple_rack
 from stackwise.objectives import CausalObjective, Example
-from stackwise.planning.cost import RUNTIME_BYTES, Ledger, PhaseCoster, measure_step
+from stackwise.ops.precision import autocast
+from stackwise.ops.storage import PRECISIONS
+from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_step
 from stackwise.planning.plan import Plan, plan_phases
+from stackwise.training.offload import Offload
 
 V, C, F, H, B, T = 37, 26, 19, 13, 5, 11
 
@@ -31,6 +37,19 @@ def real_step(model):
     CausalObjective().loss(model, Example(ids, ids), 1.0).backward()
 
 
+def attention_flops(query, *args, **kwargs):
+    b, h, t, d = query
+    return 2 * 2 * b * h * t * t * d  # two products of T × T × head size
+
+
+# What ``FlopCounterMode`` counts for attention on a CPU: torch knows the kernels of accelerators only.
+KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, *args, **kwargs: attention_flops(query) * 5 // 2
+    ),
+}
+
 CASES = {
     "end-to-end": (None, False),
     "frozen trunk": (["stack.2", "norm", "head"], False),
@@ -42,12 +61,7 @@ CASES = {
 
 @pytest.mark.parametrize("trains, checkpointed", CASES.values(), ids=CASES)
 def test_planned_flops_are_those_that_torch_counts_on_the_real_step(trains, checkpointed):
-    forward = 2 * 2 * B * H * T * T * (C // H)  # two products of T × T × head size
-    kernels = {  # torch knows those of accelerators only
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **kwargs: forward * 5 // 2,
-    }
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         real_step(rack(trains, checkpointed))
     assert fake_cost(trains, checkpointed).flops == counter.get_total_flops() > 0
 
@@ -161,6 +175,110 @@ def test_attention_is_counted_over_all_pairs_whether_keys_are_shared_or_not(n_kv
 
 
 # ---- phases
+
+
+TRUNK, NEW = (0, 1), 2
+TRAINS = (f"stack.{NEW}", "norm", "head")
+
+
+def phase_of(order, *trains, **fields):
+    return Phase("phase", order, trains, 1, Schedule(0, "linear", 1, 1, 1.0), **fields)
+
+
+def stored(order, precision, **fields):
+    return phase_of(order, *TRAINS, precision=tuple((k, precision) for k in TRUNK), **fields)
+
+
+LORA = tuple(Adapter(k, kind, 2 + k, 3.0) for k in TRUNK for kind in ("stack", "progressive"))
+STREAMED = ("training.progressive.trunk_strategy=frozen", "training.offload=disk")
+APPENDED, PREPENDED = (*TRUNK, NEW), (NEW, *TRUNK)
+PHASES = {
+    "frozen prefix": (phase_of(APPENDED, *TRAINS), ()),
+    "frozen prefix in micro-batches": (phase_of(APPENDED, *TRAINS), (f"training.micro_batch_size={B}",)),
+    "cached": (phase_of(APPENDED, *TRAINS, cached=True, enters=2, examples=(0, 3)), ()),
+    "recomputed boundary": (phase_of(APPENDED, *TRAINS, enters=2, examples=(0, 3)), ()),
+    "adapters": (phase_of(APPENDED, *TRAINS, adapters=LORA), ()),
+    "adapters on four bits": (stored(APPENDED, "nf4", adapters=LORA), ()),
+    "adapters alone": (phase_of(APPENDED, adapters=LORA[2:], precision=((0, "int8"), (2, "nvfp4"))), ()),
+    "one Block": (phase_of(APPENDED, "stack.1/blocks.0", "norm"), ("model.architecture.blocks_per_stack=2",)),
+    "bfloat16 that trains": (phase_of(APPENDED, *TRAINS, precision=((NEW, "bfloat16"),)), ()),
+    **{f"above in {precision}": (stored(PREPENDED, precision), ()) for precision in PRECISIONS},
+    "above, streamed": (phase_of(PREPENDED, *TRAINS), STREAMED),
+    "above, streamed in four bits": (stored(PREPENDED, "nf4"), STREAMED),
+    "adapters on what is streamed": (stored(APPENDED, "nvfp4", adapters=LORA), STREAMED),
+    "checkpointed": (
+        stored(PREPENDED, "int8", adapters=LORA),
+        ("training.activation_checkpointing=true",),
+    ),
+}
+WIDE = (
+    "model.d_model=78", "model.n_heads=13", "model.d_ff=95", "model.architecture={n_stacks: 3, blocks_per_stack: 1}",
+)  # fmt: skip
+
+
+def real_phase(phase, settings, compute_dtype, mode):
+    """A step of ``phase`` on tensors with data, under ``mode``, and the Rack that took it."""
+    model = create_rack_from_config(settings, n_stacks=3, vocab_size=V)
+    model.stacks = Stacks(sorted(model.stacks, key=lambda stack: phase.stacks.index(stack.stack_id)))
+    prepare_phase(model, phase, settings)
+    model.checkpoint_activations(settings.training.activation_checkpointing)
+    offload, away = Offload(torch.device("cpu")), {}
+    for stack in model.stacks:
+        if stack.stack_id in phase.away(settings.training.offload):
+            kept = away[stack.stack_id] = {name: t.clone() for name, t in stack.own_tensors().items()}
+            offload.send(stack, lambda kept=kept: {name: t.clone() for name, t in kept.items()})
+    training = settings.training
+    micro = training.micro_batch_size or training.batch_size
+    ids = torch.randint(0, V, (micro, T), generator=torch.Generator().manual_seed(0))
+    boundary = torch.randn(micro, T, model.d_model) if phase.cached else None
+    if isinstance(mode, Ledger):
+        for tensor in (ids, *(t for _, _, t in model.part_tensors()), *([] if boundary is None else [boundary])):
+            mode.ignore(tensor)
+    with mode, autocast(torch.device("cpu"), compute_dtype):
+        if phase.enters and not phase.cached:
+            with torch.no_grad():
+                boundary = model.advance(model.embed(ids), 0, phase.enters)
+        for _ in range(training.batch_size // micro):  # gradients of the one before are there in the last
+            CausalObjective().loss(model, Example(ids, ids, boundary=boundary, enters=phase.enters), 1.0).backward()
+    offload.close()
+    return model, away
+
+
+@cache
+def planned_phase(name, compute_dtype=None):
+    """The phase called ``name``, its settings, and its cost."""
+    phase, overrides = PHASES[name]
+    settings = config(*WIDE, *overrides)
+    return phase, settings, PhaseCoster(settings, V, compute_dtype)(phase)
+
+
+@pytest.mark.parametrize(
+    "name, compute_dtype",
+    [(name, None) for name in PHASES]
+    + [(name, torch.bfloat16) for name in ("adapters on four bits", "above in full", "above in int8")],
+)
+def test_the_flops_of_a_phase_are_those_that_torch_counts_on_its_real_step(name, compute_dtype):
+    phase, settings, cost = planned_phase(name, compute_dtype)
+    counter = FlopCounterMode(display=False, custom_mapping=KERNELS)
+    real_phase(phase, settings, compute_dtype, counter)
+    assert cost.flops == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_the_peak_of_a_phase_is_what_its_real_step_holds(name):
+    phase, settings, cost = planned_phase(name)
+    ledger = Ledger()
+    model, away = real_phase(phase, settings, None, ledger)
+    resident = sum(t.numel() * t.element_size() for _, _, t in model.part_tensors() if not t.is_meta)
+    moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in away.values()]
+    batch = 4 * settings.training.batch_size * T * model.d_model
+    beside = (1 + READ_AHEAD) * batch if phase.cached else max(sizes, default=0)  # what is read ahead
+    assert cost.weights == resident and cost.waiting == sum(sizes)
+    held = resident + moments + ledger.peak + beside
+    # The plan keeps the state that leaves a frozen prefix to the end; the step lets it go when nothing needs it.
+    assert 0.999 * held <= cost.peak - RUNTIME_BYTES <= 1.001 * held + (0 if phase.cached else batch)
+    assert cost.peak - RUNTIME_BYTES == pytest.approx(held, rel=0.05)
 
 
 def config(*overrides):

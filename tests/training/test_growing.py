@@ -160,7 +160,7 @@ FROM_DISK = ("training.progressive.trunk_strategy=frozen", "training.offload=dis
 WAYS = [
     ("right", "frozen", False), ("right", "qlora", True), ("right", "trainable", False),
     ("left", "frozen", False), ("left", "qlora", True), ("left", "trainable", False),
-    ("middle", "frozen", True), ("middle", "trainable", True),
+    ("middle", "frozen", True), ("middle", "qlora", True), ("middle", "trainable", True),
 ]  # fmt: skip
 
 
@@ -343,11 +343,12 @@ def test_what_storing_the_trunk_costs_is_measured(tmp_path):
 
 def test_one_block_of_a_stack_trains_alone():
     phases = grown("right", "trainable")
-    block = Phase("block", (0, 1, 2), ("stack.1/blocks.0", "norm", "head"), STEPS, CONSTANT)
-    _, recorder = trained([*phases, block])
+    block = Phase("block", (0, 1, 2), ("stack.1/blocks.1", "norm", "head"), STEPS, CONSTANT)
+    _, recorder = trained([*phases, block], "model.architecture.blocks_per_stack=2")
     start, end = recorder.starts[-1], recorder.ends[-1]
-    moved = {name.split("/")[0] for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {"stack.1", "norm", "head"}
+    wanted = {name for name in start if name.startswith(("stack.1/blocks.1.", "norm/", "head/"))}
+    assert len(wanted) == 7 + 2 + 2
+    assert {name for name in start if not torch.equal(start[name], end[name])} == wanted
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])

@@ -183,9 +183,7 @@ def load_adapters(rack: Rack, folder: str | Path, kind: AdapterKind = "stack") -
         low = LowRank(layer.in_features, layer.out_features, a.shape[0], alpha, settings.get("lora_dropout", 0.0))
         low.A.copy_(a)
         low.B.copy_(b)
-        layer.adapters[kind] = low.to(
-            layer.bias.device if layer.weight is None and layer.bias is not None else a.device
-        )
+        layer.adapters[kind] = low.to(rack.device)
 
 
 def _of_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:

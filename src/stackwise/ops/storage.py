@@ -3,13 +3,15 @@
 | precision | stored | bytes a weight | largest error of a weight |
 |---|---|---|---|
 | full | fp32 | 4 | 0 |
-| bfloat16, half | that dtype | 2 | 2⁻⁹, 2⁻¹² of it |
+| bfloat16, half | that dtype | 2 | 2⁻⁸, 2⁻¹¹ of it |
 | int8 | round(127 w / s), s the largest of 128 | 1 + 4/128 | s / 254 |
 | fp8 | e4m3 of 448 w / s, s the largest of 128 | 1 + 4/128 | 2⁻⁴ of it, or s / 458752 |
 | nf4 | nearest of 16 quantiles of a normal, times s, the largest of 64 (QLoRA 2305.14314 §3) | 1/2 + 4/64 | 0.152 s |
-| nvfp4 | e2m1 times an e4m3 scale for each 16, times one of the matrix (NVFP4) | 1/2 + 1/16 | about s / 6 |
+| nvfp4 | e2m1 times an e4m3 scale of s, the largest of 16, times one of the matrix (NVFP4) | 1/2 + 1/16 | 17 s / 96 |
 
 Blocks run over the matrix row after row; the last one is filled up with zeros. Zero is exact in every format.
+Where s is below 2⁻⁶/448 of the matrix's largest, nvfp4 loses bits of the scale, and below 2⁻¹⁰/448 all of it. The range
+of half ends at 65504, and below 2⁻¹⁴ its error is up to 2⁻²⁵.
 """
 
 from __future__ import annotations

@@ -77,14 +77,14 @@ class Offload:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
 
     def _forget(self) -> None:
-        if self._ahead is not None:
-            self._ahead[1].result()
-        self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].result()
 
     def _fetch(self, stack: int) -> dict[str, Tensor]:
         if self._ahead is not None and self._ahead[0] == stack:
-            tensors = self._ahead[1].result()
-            self._ahead = None
+            future, self._ahead = self._ahead[1], None
+            tensors = future.result()
         else:
             self._forget()
             tensors = self._sources[stack]()
