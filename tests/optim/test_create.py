@@ -8,6 +8,7 @@ from stackwise.config.schema import OptimizerConfig
 from stackwise.growth.adapters import add_adapter
 from stackwise.growth.phases import Adapter
 from stackwise.model.architecture import create_simple_rack
+from stackwise.optim import stored_adamw
 from stackwise.optim.create import InBackward, Several, create_optimizer, is_matrix_of_a_stack, state_bytes
 from stackwise.optim.stored_adamw import StoredAdamW, round_at_random
 from stackwise.training.optimizers import flatten, moments_of, set_moments, trained_parameters, unflatten
@@ -152,6 +153,27 @@ def test_stored_adamw_in_fp32_is_adamw():
         a.step()
         b.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_updating_in_chunks_reads_and_keeps_every_value(moments, dtype, monkeypatch):
+    """Values far apart in size in every block, the last chunk and the last block not full: as in one piece."""
+    size, chunk = torch.logspace(-1, 0.5, 29 * 61).reshape(29, 61), 2 * stored_adamw.BLOCK
+    moved = []
+    for limit in (1 << 21, chunk):
+        monkeypatch.setattr(stored_adamw, "CHUNK", limit)
+        p = nn.Parameter(size.to(dtype, copy=True))
+        optimizer = StoredAdamW([p], 0.02, (0.8, 0.9), 1e-6, 0.2, moments=moments)
+        for step in range(4):
+            p.grad = ((drawn(29, 61, seed=step) + 3) * size).to(dtype)
+            optimizer.step()
+        moved.append((p.detach().float() / size.to(dtype).float() - 1).flatten())
+    if moments == "float32" and dtype == torch.float32:
+        assert torch.equal(*moved)
+    for whole, parts in zip(moved[0].split(chunk), moved[1].split(chunk)):  # the draws differ, their means do not
+        assert float(parts.mean()) == pytest.approx(float(whole.mean()), abs=0.003)
+        assert abs(float(whole.mean())) > 0.03
 
 
 @pytest.mark.parametrize("moments, tolerance", [("bfloat16", 0.02), ("int8", 0.08)])

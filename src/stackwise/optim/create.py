@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.schema import OptimizerConfig
-from stackwise.optim.stored_adamw import BLOCK, StoredAdamW
+from stackwise.optim.stored_adamw import BLOCK, CHUNK, STEP_BYTES, StoredAdamW
 
 
 def is_matrix_of_a_stack(name: str, parameter: Tensor) -> bool:
@@ -35,7 +35,10 @@ def create_optimizer(
             return _adamw(parameters, settings, seed)
         case "sgd":
             return torch.optim.SGD(
-                _groups(parameters, settings.weight_decay), lr=settings.lr, momentum=settings.sgd_momentum
+                _groups(parameters, settings.weight_decay),
+                lr=settings.lr,
+                momentum=settings.sgd_momentum,
+                foreach=False,  # the default on an accelerator: decay would copy all gradients at once
             )
         case "muon":
             matrices = {name: p for name, p in parameters.items() if is_matrix_of_a_stack(name, p)}
@@ -86,6 +89,19 @@ def state_bytes(settings: OptimizerConfig, name: str, parameter: Tensor) -> int:
         case "bfloat16":
             return 4 * n
     return 2 * n + 8 * math.ceil(n / BLOCK)
+
+
+def step_bytes(settings: OptimizerConfig, name: str, parameter: Tensor) -> int:
+    """Bytes that the update of the parameter ``part/name`` takes for its duration, at most."""
+    n, is_bf16 = parameter.numel(), parameter.dtype == torch.bfloat16
+    match settings.optimizer_type:
+        case "sgd":
+            return n * parameter.element_size() if settings.weight_decay and parameter.dim() >= 2 else 0
+        case "muon" if is_matrix_of_a_stack(name, parameter):
+            return 12 * n
+    if settings.moments == "float32" and not is_bf16:
+        return 0
+    return STEP_BYTES[settings.moments, is_bf16] * min(n, CHUNK)
 
 
 class Several:
@@ -165,7 +181,7 @@ class InBackward:
                 return
             assert parameter.grad is not None
             self.seen.add(name)
-            square = parameter.grad.float().square().sum()
+            square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
             self._squares.append(square)
             if bool(torch.isfinite(square)):
                 optimizer.step()

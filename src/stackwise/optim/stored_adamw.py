@@ -12,10 +12,16 @@ from torch import Tensor
 Moments = Literal["float32", "bfloat16", "int8"]
 BLOCK = 256
 """Values of a moment that share a scale, as in 8-bit optimizers (2110.02861 §2.1)."""
+CHUNK = 1 << 21
+"""Values updated at a time, whole blocks: bounds what the arithmetic in fp32 takes, ``STEP_BYTES`` a value."""
+STEP_BYTES = {
+    ("bfloat16", False): 24, ("int8", False): 32, ("float32", True): 24, ("bfloat16", True): 32, ("int8", True): 40,
+}  # fmt: skip
+"""Of (moments, whether the weights are bfloat16): bytes that the arithmetic takes for a value, as measured."""
 
 
 class StoredAdamW(torch.optim.Optimizer):
-    """AdamW (1711.05101 algorithm 2), computed in fp32 for one parameter at a time.
+    """AdamW (1711.05101 algorithm 2), computed in fp32 for ``CHUNK`` values of a parameter at a time.
 
     Moments are kept as fp32, bfloat16, or int8: 127 √(|m| / s) with m's sign and 255 (v / s)^¼, s the largest of 256.
     These codes are fine near zero, so that a small second moment does not become none. What is stored in fewer bits,
@@ -56,22 +62,25 @@ class StoredAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
-                state.update(_stored(name, torch.zeros_like(p, dtype=torch.float32), self.moments, None))
+                state.update(_zeros(name, p, self.moments))
         state["step"] += 1
         step = int(state["step"])
         draw = torch.Generator(p.device).manual_seed(hash((self.seed, step, *p.shape)))
         beta1, beta2 = group["betas"]
-        grad = p.grad.float()  # type: ignore[union-attr]
-        m = _read("exp_avg", state, p.shape).lerp_(grad, 1 - beta1)
-        v = _read("exp_avg_sq", state, p.shape).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        weight = p.float() if p.dtype != torch.float32 else p
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        root = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        weight.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**step))
-        if p.dtype != torch.float32:
-            p.copy_(round_at_random(weight, draw))
-        state.update(_stored("exp_avg", m, self.moments, draw))
-        state.update(_stored("exp_avg_sq", v, self.moments, draw))
+        weights, grads = p.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
+        for start in range(0, p.numel(), CHUNK):
+            end = min(start + CHUNK, p.numel())
+            grad = grads[start:end].float()
+            m = _read("exp_avg", state, start, end).lerp_(grad, 1 - beta1)
+            v = _read("exp_avg_sq", state, start, end).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            weight = weights[start:end].float()  # of fp32 the weights themselves
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            root = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            weight.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**step))
+            if p.dtype != torch.float32:
+                weights[start:end] = round_at_random(weight, draw)
+            _write("exp_avg", state, start, m, draw)
+            _write("exp_avg_sq", state, start, v, draw)
 
 
 def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,36 +89,38 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _stored(name: str, value: Tensor, kind: Moments, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """A moment as it is kept; rounded at random with ``generator``, to the nearest without."""
-    match kind:
-        case "float32":
-            return {name: value}
-        case "bfloat16":
-            return {name: value.to(torch.bfloat16) if generator is None else round_at_random(value, generator)}
-    flat = value.flatten()
-    rows = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+def _zeros(name: str, p: Tensor, kind: Moments) -> dict[str, Tensor]:
+    """A moment of ``p`` as it is kept, before the first step."""
+    if kind != "int8":
+        return {name: torch.zeros_like(p, dtype=getattr(torch, kind))}
+    codes = torch.zeros(p.numel(), dtype=torch.int8 if name == "exp_avg" else torch.uint8, device=p.device)
+    return {f"{name}_codes": codes, f"{name}_scales": torch.zeros(-(-p.numel() // BLOCK), device=p.device)}
+
+
+def _write(name: str, state: dict[str, Tensor], start: int, value: Tensor, generator: torch.Generator) -> None:
+    """Keeps the values of a moment from ``start`` on, in whole blocks, rounded at random."""
+    end = start + len(value)
+    if name in state:
+        if state[name].dtype == torch.bfloat16:
+            state[name].view(-1)[start:end] = round_at_random(value, generator)
+        return  # fp32 moments were changed in place
+    rows = F.pad(value, (0, -len(value) % BLOCK)).view(-1, BLOCK)
     scales = rows.abs().amax(dim=1)
     share = rows / torch.where(scales == 0, 1.0, scales)[:, None]
     signed = name == "exp_avg"
     codes = share.abs().sqrt_().mul_(127).copysign_(share) if signed else share.sqrt_().sqrt_().mul_(255)
-    if generator is None:
-        codes = codes.round_()
-    else:
-        codes = (codes + torch.rand(codes.shape, device=codes.device, generator=generator)).floor_()
-    if signed:
-        codes = codes.clamp_(-127, 127).to(torch.int8)
-    else:
-        codes = torch.where(rows > 0, codes.clamp_(1, 255), 0.0).to(torch.uint8)
-    return {f"{name}_codes": codes.flatten()[: len(flat)].clone(), f"{name}_scales": scales}
+    codes = (codes + torch.rand(codes.shape, device=codes.device, generator=generator)).floor_()
+    codes = codes.clamp_(-127, 127) if signed else torch.where(rows > 0, codes.clamp_(1, 255), 0.0)
+    state[f"{name}_codes"][start:end] = codes.flatten()[: len(value)]
+    state[f"{name}_scales"][start // BLOCK : -(-end // BLOCK)] = scales
 
 
-def _read(name: str, state: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    """A moment in fp32 and of ``shape``; of fp32 ones the stored tensor itself."""
+def _read(name: str, state: dict[str, Tensor], start: int, end: int) -> Tensor:
+    """The values ``start`` to ``end`` of a moment in fp32; of fp32 ones the stored tensor itself."""
     if name in state:
-        return state[name].float()
-    codes = state[f"{name}_codes"].float()
+        return state[name].view(-1)[start:end].float()
+    codes = state[f"{name}_codes"][start:end].float()
     x = codes / (127 if name == "exp_avg" else 255)
     share = x.abs() * x if name == "exp_avg" else x.square().square()
-    scales = state[f"{name}_scales"].repeat_interleave(BLOCK)[: len(codes)]
-    return (share * scales).view(shape)
+    scales = state[f"{name}_scales"][start // BLOCK : -(-end // BLOCK)].repeat_interleave(BLOCK)[: len(codes)]
+    return share * scales

@@ -33,7 +33,7 @@ from stackwise.model.spec import BlockSpec
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
-from stackwise.optim.create import state_bytes
+from stackwise.optim.create import state_bytes, step_bytes
 
 READ_AHEAD = 3
 """Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
@@ -191,7 +191,9 @@ def measure_segments(
     """
     parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    state = sum(state_bytes(optimizer or OptimizerConfig(), name, p) for name, p in trained.items())
+    settings = optimizer or OptimizerConfig()
+    state = sum(state_bytes(settings, name, p) for name, p in trained.items())
+    updates = {name: step_bytes(settings, name, p) for name, p in trained.items()}
     gradients = sum(_bytes(p) for p in trained.values())
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     boundary = torch.zeros(batch_size, seq_len, rack.d_model) if entered else None
@@ -200,9 +202,10 @@ def measure_segments(
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
     hooks = [stack.register_forward_hook(partial(_marking, ledger)) for stack in rack.stacks]
-    if optimizer is not None and optimizer.in_backward and micro_batches == 1:
-        for parameter in trained.values():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    inside = settings.in_backward
+    if inside:
+        for name, parameter in trained.items():
+            parameter.register_post_accumulate_grad_hook(partial(_update, updates[name], micro_batches == 1))
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
             hidden = rack.hidden(inputs, boundary=boundary)
@@ -213,6 +216,8 @@ def measure_segments(
             del hidden
         loss.backward()
         del loss
+        if not inside:
+            torch.empty(max(updates.values(), default=0), dtype=torch.uint8)  # counted, and gone
         ledger.mark()
     for hook in hooks:
         hook.remove()
@@ -546,9 +551,11 @@ def preparation_flops(phases: Sequence[Phase], costs: Sequence[PhaseCost]) -> li
     return flops
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    """As where the update happens inside the backward pass."""
-    parameter.grad = None
+def _update(takes: int, drops: bool, parameter: Tensor) -> None:
+    """An update inside the backward pass: what it takes is counted, and the gradient dropped."""
+    torch.empty(takes, dtype=torch.uint8)
+    if drops:
+        parameter.grad = None
 
 
 def _bytes(tensor: Tensor) -> int:
