@@ -235,9 +235,9 @@ def seventy(blocks: int, *overrides: str) -> PhaseCost:
     return PhaseCoster(settings, 128256, torch.bfloat16, device="cuda")(build_phases(settings)[-1])
 
 
-@pytest.mark.parametrize("blocks, resident, cached", [(1, 73e9 + 2.1e9, 36e9), (4, 116e9 + 2.1e9, 80e9)])
+@pytest.mark.parametrize("blocks, resident, cached", [(1, 73e9, 36e9), (4, 116e9, 80e9)])
 def test_the_peak_of_the_70b_shape_is_what_arithmetic_gives(blocks: int, resident: float, cached: float) -> None:
-    """By hand the embedding is in bfloat16; here it is fp32, 2.1 GB more."""
+    """By hand 5.3 GB of logits stand at once, which the loss never makes; so what is fed from a cache takes less."""
     plain = seventy(blocks)
     fed = seventy(blocks, "training.progressive.cache_activations=true")
     assert plain.parameters == pytest.approx(70.55e9, rel=0.001)
@@ -246,7 +246,9 @@ def test_the_peak_of_the_70b_shape_is_what_arithmetic_gives(blocks: int, residen
         16 * trained + (80 - blocks) * 855.65e6 * 0.5625 + 4 * 128256 * 8192, rel=0.001
     )
     assert plain.peak == pytest.approx(resident, rel=0.05)
-    assert fed.peak == pytest.approx(cached, rel=0.05)
+    assert 16 * trained < fed.peak < cached
+    absent = (80 - blocks) * 855.65e6 * 0.5625 + 4 * 128256 * 8192  # the trunk and the embedding
+    assert plain.peak - fed.peak == pytest.approx(absent, rel=0.01)
     assert fed.weights + fed.gradients + fed.optimizer == pytest.approx(16 * trained, rel=0.001)
 
 

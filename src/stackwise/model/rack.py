@@ -56,9 +56,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
         table = rope[self.attention.rope_key] if rope is not None and self.attention.rope_key else None
-        update = self.attention(self.attention_norm(x), attention_mask, rope=table, cache=cache)
+        update = self.attention(_for_products(self.attention_norm(x)), attention_mask, rope=table, cache=cache)
         x = x + F.dropout(update, self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """``x`` in the dtype of matrix products, once: under autocast each of several would make and keep its own copy."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Blocks(nn.ModuleList):

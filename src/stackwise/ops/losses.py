@@ -19,6 +19,9 @@ CHUNK_ELEMENTS = 1 << 22
 MIN_ROWS = 256
 """Positions in a chunk even where the vocabulary is huge: thinner matrix products waste the processor."""
 
+WIDE_ROWS = 16384
+"""Rows of the head's gradient made at a time where they are summed in a wider dtype than the products have."""
+
 
 def chunk_rows(n_rows: int, vocab_size: int) -> int:
     """Positions in one chunk of logits."""
@@ -62,8 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 if grad_weight.dtype == grad.dtype:
                     grad_weight.addmm_(grad.T, part)
-                else:
-                    grad_weight += grad.T @ part
+                else:  # a slice of the vocabulary at a time: no second matrix of the head's size
+                    for some, columns in zip(grad_weight.split(WIDE_ROWS), grad.split(WIDE_ROWS, dim=1)):
+                        some += columns.T @ part
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None and bias is not None:
@@ -74,7 +78,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
+        # In place, since the head's gradient is as large as the head; a second backward pass is refused by autograd.
+        grads = (None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors)
         return *grads, None, None, None
 
 

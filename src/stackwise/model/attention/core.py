@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stackwise.model.cache import LayerCache, positions_of
 from stackwise.model.linear import Linear
+from stackwise.model.norms import RMSNorm
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelMeaning, KernelNorm, KernelType, Latents
 from stackwise.ops.attention import attend
 from stackwise.ops.kernels import (
@@ -152,10 +153,10 @@ class CoreAttention(nn.Module):
                 self.q_proj = Linear(d_model, n_heads * D, bias=False)
             else:
                 self.q_a_proj = linear(d_model, r_q)
-                self.q_a_norm = nn.RMSNorm(r_q, eps=LATENT_NORM_EPS)
+                self.q_a_norm = RMSNorm(r_q, eps=LATENT_NORM_EPS)
                 self.q_b_proj = Linear(r_q, n_heads * D, bias=False)
             self.kv_a_proj = linear(d_model, r_kv + rotary)
-            self.kv_a_norm = nn.RMSNorm(r_kv, eps=LATENT_NORM_EPS)
+            self.kv_a_norm = RMSNorm(r_kv, eps=LATENT_NORM_EPS)
             self.kv_b_proj = Linear(r_kv, G * (head_dim + self.v_dim), bias=False)
         elif r_kv is not None:
             assert r_q is not None
@@ -165,8 +166,8 @@ class CoreAttention(nn.Module):
         else:
             self.q_proj, self.k_proj, self.v_proj = (linear(d_model, n * D) for n in (n_heads, G, G))
         self.o_proj = linear(n_heads * self.v_dim, d_model)
-        self.q_norm = nn.RMSNorm(D, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(D, eps=norm_eps) if qk_norm else None
+        self.q_norm = RMSNorm(D, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(D, eps=norm_eps) if qk_norm else None
         self._set_kernel(kernel_type, kernel_dim, kernel_meaning, kernel_norm, kernel_bandwidth, seed)
         if learned_temperature and (kernel_type == "linear" or kernel_meaning == "weight"):
             raise ValueError("learned_temperature goes with kernels as logits")
