@@ -100,11 +100,11 @@ IMPOSSIBLE = [
     (
         "model: {attention_custom: {mla_rkv: 8}}",
         "model.attention_custom.mla_rkv: 8 is read by the presets mla_attention, mlgka, custom "
-        "(attention_preset is gpt_style)",
+        "(attention_preset is null)",
     ),
     (
         "model: {attention_custom: {attention_type: mla}}",
-        "model.attention_custom.attention_type: 'mla' is read when attention_preset is custom (it is gpt_style)",
+        "model.attention_custom.attention_type: 'mla' is read when attention_preset is custom (it is null)",
     ),
     (
         "model: {attention_preset: custom, attention_custom: {mla_rkv: 8}}",
@@ -178,10 +178,10 @@ IMPOSSIBLE = [
     (
         "model: {attention_preset: bert_style}",
         "model.attention_preset: 'bert_style' is bidirectional and would see the tokens that clm predicts; "
-        "set gpt_style, or training.progressive.training_objective: mlm",
+        "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
     ),
     (
-        "training: {progressive: {training_objective: mlm}}",
+        "{model: {attention_preset: gpt_style}, training: {progressive: {training_objective: mlm}}}",
         "model.attention_preset: 'gpt_style' is causal and mlm reads both sides; set bert_style, "
         "or training.progressive.training_objective: clm",
     ),

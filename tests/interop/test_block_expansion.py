@@ -57,7 +57,7 @@ def test_identity_stacks_over_an_imported_llama_start_at_its_loss_lower_it_and_g
 
     base, grown = stackwise.load(work / "base"), stackwise.load(out)
     data = prepare(grown.config.data)
-    objective = create_objective(grown.config.training, data.tokenizer)
+    objective = create_objective(grown.config, data.tokenizer)
     example = objective.corrupt(ProgressiveDataLoader(data.train, grown.config).batch(0))
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 200

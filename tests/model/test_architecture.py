@@ -115,14 +115,31 @@ def test_cached_decoding_equals_the_full_forward_pass(padded):
     torch.testing.assert_close(torch.cat(out, 1)[mask], full[mask], atol=2e-6, rtol=1e-5)
 
 
-def test_a_cache_refuses_what_it_cannot_hold_and_bidirectional_models():
+def test_a_cache_refuses_what_it_cannot_hold_and_bidirectional_windows():
     rack, ids = rack_and_ids()
     with pytest.raises(ValueError, match="5 tokens; 6 do not fit"):
         cache = rack.make_cache(5)
         rack(ids[:, :5], cache=cache)
         rack(ids[:, 5:6], cache=cache)
-    with pytest.raises(ValueError, match="causal"):
-        rack_and_ids(attention_mode="bidirectional")[0].make_cache(5)
+    with pytest.raises(ValueError, match="without a window"):
+        spec = create_block_spec(C, F, H, G, "bidirectional", window=4)
+        create_rack_from_specs(V, C, [{"stack_id": 0, "n_blocks": 1, "block_spec": spec}]).make_cache(5)
+
+
+def test_a_cache_of_blocks_reads_them_as_the_whole_text_where_each_sees_itself_and_what_is_before():
+    rack, ids = rack_and_ids(attention_mode="bidirectional")
+    block = torch.arange(T) // 4
+    whole = rack.logits(rack.hidden(ids, seen=block[:, None] >= block))
+    cache = rack.make_cache(T)
+    for start in range(0, T, 4):
+        part = ids[:, start : start + 4]
+        for other in (part.flip(1), part):  # what is read and taken back leaves no trace
+            logits = rack(other, cache=cache)
+            if other is not part:
+                cache.rewind(start)
+        torch.testing.assert_close(logits, whole[:, start : start + 4], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="cannot go back to 12"):
+        cache.rewind(12)
 
 
 def test_activation_checkpointing_changes_neither_loss_nor_gradients():

@@ -27,10 +27,12 @@ def test_targets_are_the_next_tokens():
 def test_the_score_is_the_cross_entropy_of_the_logits_and_has_no_gradient():
     rack, objective = create_simple_rack(2, 1, 26, 19, 13, V), CausalObjective()
     example = objective.corrupt(batch())
-    nats, count = objective.score(rack, batch())
-    expected = F.cross_entropy(rack(example.inputs).flatten(0, 1), example.targets.flatten(), reduction="sum")
-    assert nats == pytest.approx(expected.item(), rel=1e-6)
-    assert count == B * T
+    score = objective.score(rack, batch())
+    logits = rack(example.inputs)
+    expected = F.cross_entropy(logits.transpose(1, 2), example.targets, reduction="none")
+    assert score.nats == pytest.approx(expected.sum(dim=1).detach().numpy(), rel=1e-6)
+    assert score.tokens.tolist() == [T] * B and score.predicted == B * T
+    assert score.right == int((logits.argmax(-1) == example.targets).sum())
     assert all(p.grad is None for p in rack.parameters())
 
 

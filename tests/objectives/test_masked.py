@@ -107,7 +107,7 @@ def test_the_loss_is_at_the_picked_positions_and_on_the_corrupted_inputs():
 
 def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
     config = StackWiseConfig.from_dict({})
-    assert isinstance(create_objective(config.training, ByteTokenizer()), CausalObjective)
+    assert isinstance(create_objective(config, ByteTokenizer()), CausalObjective)
     config = config.override(
         [
             "training.progressive.training_objective=mlm",
@@ -117,10 +117,10 @@ def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
         ]
     )
     tokenizer = ByteTokenizer()
-    made = create_objective(config.training, tokenizer)
+    made = create_objective(config, tokenizer)
     assert isinstance(made, MaskedObjective)
     assert (made.seed, made.masking.rate, made.mask_id) == (7, 0.4, tokenizer.mask_id)
     assert (made.special_ids, made.vocab_size) == (tokenizer.special_ids, tokenizer.vocab_size)
     tokenizer.mask_id = None
     with pytest.raises(UserError, match="no mask token"):
-        create_objective(config.training, tokenizer)
+        create_objective(config, tokenizer)

@@ -66,7 +66,28 @@ def test_chunks_are_used_when_logits_would_be_large(problem, monkeypatch):
 def test_terms_are_the_cross_entropy_of_each_position(problem):
     hidden, weight, targets = problem
     expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
-    torch.testing.assert_close(linear_cross_entropy_terms(hidden, weight, targets, chunk=6), expected.detach())
+    terms, right = linear_cross_entropy_terms(hidden, weight, targets, chunk=6)
+    torch.testing.assert_close(terms, expected.detach())
+    assert torch.equal(right, (hidden @ weight.T).argmax(-1) == targets) and right.any()
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_weights_count_each_position_and_an_excluded_token_is_never_predicted(problem, chunk):
+    hidden, weight, targets = problem
+    excluded = 11
+    targets = torch.where(targets == excluded, 12, targets)
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(8))
+    logits = (hidden @ weight.T).index_fill(1, torch.tensor([excluded]), float("-inf"))
+    plain = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    expected = (plain * weights).sum() * 0.7
+    actual = linear_cross_entropy(hidden, weight, targets, 0.7, chunk, weights=weights, excluded=excluded)
+    torch.testing.assert_close(actual, expected)
+    grads = (torch.autograd.grad(loss, (hidden, weight)) for loss in (actual, expected))
+    for a, e in zip(*grads):
+        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)
+    terms, right = linear_cross_entropy_terms(hidden, weight, targets, chunk, excluded=excluded)
+    torch.testing.assert_close(terms, plain.detach())
+    assert torch.equal(right, logits.argmax(-1) == targets)
 
 
 def test_bf16_autocast_keeps_the_softmax_in_fp32(problem):
@@ -90,5 +111,5 @@ def test_a_bias_on_the_logits_counts_in_loss_gradients_and_terms(problem, chunk)
     grads = (torch.autograd.grad(loss, inputs) for loss in (actual, expected))
     for a, e in zip(*grads):
         torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)
-    terms = linear_cross_entropy_terms(hidden, weight, targets, chunk, bias=bias)
+    terms, _ = linear_cross_entropy_terms(hidden, weight, targets, chunk, bias=bias)
     torch.testing.assert_close(terms, F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))

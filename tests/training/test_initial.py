@@ -48,7 +48,7 @@ def work(request, tmp_path_factory):
 def first_loss(run, config):
     """The loss of ``run`` on the first batch of a run of ``config``."""
     data = prepare(config.data)
-    objective = create_objective(config.training, data.tokenizer)
+    objective = create_objective(config, data.tokenizer)
     example = objective.corrupt(ProgressiveDataLoader(data.train, config).batch(0))
     return objective.loss(run.rack, example, 1 / example.n_targets).item()
 

@@ -7,6 +7,7 @@ The description of a field is its documentation: ``stackwise init`` writes it as
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -19,6 +20,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 def _tuple(value: Any) -> Any:
     """YAML has lists only; frozen configs hold tuples."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    """The same, one level down too."""
+    return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
 
 
 class Section(BaseModel):
@@ -139,6 +145,10 @@ class TokenizerEmbeddingConfig(Section):
         return self
 
 
+AttentionPreset = Literal[
+    "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
+]
+
 DEFAULT_KERNEL_DIM = 64
 """Random features where ``kernel_dim`` is null."""
 
@@ -161,13 +171,12 @@ class ModelConfig(Section):
         None, description="Width of the feed-forward; null: 8/3 d_model (gelu: 4 d_model), rounded up to 32"
     )
     architecture: ArchitectureConfig = ArchitectureConfig()
-    attention_preset: Literal[
-        "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
-    ] = Field(
-        "gpt_style",
-        description="gpt_style: causal; bert_style: bidirectional; the others in the direction that the objective "
-        "needs: efficient_gqa: shared key/value heads; mla_attention: latent (DeepSeek-V3); kernel_attention: a kernel "
-        "as logit; mlgka: latent, grouped and kernel; custom: see attention_custom",
+    attention_preset: AttentionPreset | None = Field(
+        None,
+        description="null: full attention in the direction that the objective needs; gpt_style: causal; bert_style: "
+        "bidirectional; the others in the objective's direction too: efficient_gqa: shared key/value heads; "
+        "mla_attention: latent (DeepSeek-V3); kernel_attention: a kernel as logit; mlgka: latent, grouped and kernel; "
+        "custom: see attention_custom",
     )
     attention_custom: AttentionCustomConfig = AttentionCustomConfig()
     qk_norm: bool = Field(False, description="RMSNorm over each head's queries and keys (Qwen3)")
@@ -269,9 +278,10 @@ class ModelConfig(Section):
         for key in keys:
             value = getattr(self.attention_custom, key)
             if value != type(self.attention_custom).model_fields[key].default:
-                wanted = f"when attention_preset is {presets[0]} (it is {self.attention_preset})"
+                preset = self.attention_preset or "null"
+                wanted = f"when attention_preset is {presets[0]} (it is {preset})"
                 if len(presets) > 1:
-                    wanted = f"by the presets {', '.join(presets)} (attention_preset is {self.attention_preset})"
+                    wanted = f"by the presets {', '.join(presets)} (attention_preset is {preset})"
                 raise conflict(f"attention_custom.{key}", f"{value!r} is read {wanted}")
 
     def _check_kernel(self) -> None:
@@ -437,6 +447,7 @@ class ScheduleConfig(Section):
     span: Literal["run", "phase"] = Field("run", description="Decay once over the whole run, or within every phase")
 
 
+ObjectiveName = Literal["clm", "mlm", "diffusion", "custom"]
 PrecisionName = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
 TRAINABLE_PRECISIONS = ("full", "bfloat16")
 """Storage of weights that can train: the others are too coarse for an update, or (half) would need loss scaling."""
@@ -479,9 +490,16 @@ class ProgressiveConfig(Section):
     cache_activations: bool = Field(
         False, description="append on a frozen trunk: run it once, and feed each new Stack from disk (see cache)"
     )
-    time_interpretation: None = Field(None, description="Of diffusion: depth or input; not built yet")
-    training_objective: Literal["clm", "mlm"] = Field(
-        "clm", description="clm: next token; mlm: masked tokens (needs bidirectional attention)"
+    time_interpretation: Literal["depth", "input"] | None = Field(
+        None,
+        description="Of diffusion: depth: each Stack has an interval of noise levels (see diffusion); input: Blocks "
+        "are conditioned on the noise level; null: the model is not told",
+    )
+    training_objective: ObjectiveName = Field(
+        "clm",
+        description="clm: next token; mlm: masked tokens; diffusion: masked tokens at every rate, a bound on the "
+        "likelihood (mlm and diffusion need bidirectional attention); custom: targets in the batches of a data loader "
+        "(from Python)",
     )
 
 
@@ -546,6 +564,13 @@ class MaskingConfig(Section):
     """Masked language modelling (BERT, 1810.04805 §3.1)."""
 
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.15, description="Share of tokens to predict")
+    max_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Each sequence has a rate of its own, evenly between rate and this; null: all have rate"
+    )
+    unit: Literal["token", "word", "span"] = Field(
+        "token", description="What is masked or left as a whole; word: needs a tokenizer that marks words"
+    )
+    span_length: Annotated[float, Field(ge=1.0)] = Field(3.0, description="unit span: mean length, in tokens")
     mask_share: Fraction = Field(0.8, description="Of those, the share replaced by the mask token")
     random_share: Fraction = Field(0.1, description="Of those, the share replaced by a random token")
 
@@ -556,6 +581,61 @@ class MaskingConfig(Section):
                 "random_share",
                 f"{self.random_share} plus mask_share ({self.mask_share}) is above 1",
             )
+        if self.max_rate is not None and self.max_rate < self.rate:
+            raise conflict("max_rate", f"{self.max_rate} is below rate ({self.rate})")
+        if self.span_length != type(self).model_fields["span_length"].default and self.unit != "span":
+            raise conflict("span_length", f"{self.span_length:g} is read when unit is span (it is {self.unit})")
+        return self
+
+
+class DiffusionConfig(Section):
+    """Masked diffusion (MDLM 2406.07524, LLaDA 2502.09992): tokens masked at every rate, weighted to bound −log p."""
+
+    weighting: Literal["stratified", "exact_counts"] = Field(
+        "stratified",
+        description="stratified: rates spread evenly over the batch, weight 1/rate; exact_counts: so many tokens "
+        "masked exactly, and their plain mean",
+    )
+    min_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(1e-3, description="stratified: the lowest rate")
+    block_length: PositiveInt | None = Field(
+        None,
+        description="Block diffusion (BD3-LM 2503.09573): blocks of so many tokens come left to right, each by "
+        "diffusion given those before; must divide seq_len; null: all tokens are one block",
+    )
+    depth_variant: Literal["experts", "suffix", "prefix"] = Field(
+        "experts",
+        description="time_interpretation depth, Stack k of K and its interval, the first the noisiest: experts: Stack "
+        "k alone; suffix: Stacks k to K; prefix: one pass, in which each Stack reveals some tokens to the next",
+    )
+    levels: (
+        Literal["linear", "cosine", "exponential", "equal_difficulty"]
+        | Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], BeforeValidator(_tuple)]
+    ) = Field(
+        "linear",
+        description="time_interpretation depth: where the intervals meet: linear (equal probability), cosine, "
+        "exponential, equal_difficulty (see difficulty), or a list of K + 1 rates from 1 down to 0",
+    )
+    difficulty: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_tuples)] | None = Field(
+        None, description="equal_difficulty: pairs (rate, cross-entropy there), as eval prints them"
+    )
+    condition: Literal["rate", "masked"] = Field(
+        "rate", description="time_interpretation input: the rate drawn, or the share of tokens that is masked"
+    )
+    time_embedding: Literal["sinusoidal", "learned"] = Field(
+        "sinusoidal", description="time_interpretation input: how the noise level becomes a vector"
+    )
+    time_dim: Annotated[int, Field(ge=2, multiple_of=2)] = Field(
+        64, description="time_interpretation input: width of that vector"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.levels == "equal_difficulty") != (self.difficulty is not None):
+            if self.difficulty is None:
+                raise conflict(
+                    "difficulty", "must be given when levels is equal_difficulty: pairs (rate, cross-entropy)"
+                )
+            raise conflict("difficulty", f"is read when levels is equal_difficulty (it is {self.levels!r})")
         return self
 
 
@@ -645,6 +725,7 @@ class EvaluationConfig(Section):
         None, description="Validate every so many steps; null: at the end of every phase"
     )
     max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
+    draws: PositiveInt = Field(1, description="diffusion: masks drawn for each sequence that is scored")
 
 
 class LoggingConfig(Section):
@@ -705,6 +786,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     progressive: ProgressiveConfig = ProgressiveConfig()
     masking: MaskingConfig = MaskingConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
     qlora: QLoRAConfig = QLoRAConfig()
     cache: CacheConfig = CacheConfig()
     offload: Literal["none", "host", "disk"] = Field(
@@ -754,8 +836,13 @@ class TrainingConfig(Section):
         return "steps", self.max_steps if self.max_steps is not None else DEFAULT_STEPS
 
     @property
-    def objective(self) -> Literal["clm", "mlm"]:
+    def objective(self) -> ObjectiveName:
         return self.progressive.training_objective
+
+    @property
+    def depth_variant(self) -> Literal["experts", "suffix", "prefix"] | None:
+        """How Stacks share the noise levels; ``None``: depth is no time."""
+        return self.diffusion.depth_variant if self.progressive.time_interpretation == "depth" else None
 
 
 TIGHT_FROM_WIDTH = 512
@@ -835,14 +922,15 @@ class StackWiseConfigFields(Section):
             raise conflict(
                 "model.attention_preset",
                 f"{self.model.attention_preset!r} is bidirectional and would see the tokens that clm predicts; "
-                "set gpt_style, or training.progressive.training_objective: mlm",
+                "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
             )
-        if training.objective == "mlm" and mode == "causal":
+        if training.objective in ("mlm", "diffusion") and mode == "causal":
             raise conflict(
                 "model.attention_preset",
-                f"{self.model.attention_preset!r} is causal and mlm reads both sides; set bert_style, "
+                f"{self.model.attention_preset!r} is causal and {training.objective} reads both sides; set bert_style, "
                 "or training.progressive.training_objective: clm",
             )
+        self._check_diffusion()
         tokenizer, family = self.data.tokenizer, self.model.tokenizer_embedding.family
         if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
             raise conflict(
@@ -888,6 +976,80 @@ class StackWiseConfigFields(Section):
                     f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
                 )
         return self
+
+    def _check_diffusion(self) -> None:
+        """Noise levels, blocks and depth as time."""
+        training, diffusion, progressive = self.training, self.training.diffusion, self.training.progressive
+        time = progressive.time_interpretation
+        if training.objective != "diffusion":
+            for key, value in (("training.progressive.time_interpretation", time), ("training.diffusion", diffusion)):
+                if value not in (None, DiffusionConfig()):
+                    shown = repr(value) if isinstance(value, str) else "has settings that differ from the default; it"
+                    raise conflict(key, f"{shown} is read by diffusion (training_objective is {training.objective})")
+            return
+        readers = {
+            "depth_variant": "depth", "levels": "depth", "difficulty": "depth",
+            "condition": "input", "time_embedding": "input", "time_dim": "input",
+        }  # fmt: skip
+        for key, reader in readers.items():
+            if getattr(diffusion, key) != DiffusionConfig.model_fields[key].default and time != reader:
+                raise conflict(
+                    f"training.diffusion.{key}",
+                    f"{getattr(diffusion, key)!r} is read when training.progressive.time_interpretation is {reader} "
+                    f"(it is {'null' if time is None else time})",
+                )
+        levels = diffusion.levels
+        if isinstance(levels, tuple) and (
+            len(levels) != self.target_stacks + 1
+            or (levels[0], levels[-1]) != (1.0, 0.0)
+            or any(a <= b for a, b in pairwise(levels))
+        ):
+            raise conflict(
+                "training.diffusion.levels",
+                f"{list(levels)} must fall from 1 to 0 in {self.target_stacks} steps, one for each Stack; where they "
+                "stop above 0, the sum would not bound the likelihood",
+            )
+        block = diffusion.block_length
+        if block is not None:
+            if training.seq_len % block:
+                raise conflict(
+                    "training.diffusion.block_length", f"{block} does not divide seq_len ({training.seq_len})"
+                )
+            if time is not None:
+                raise conflict("training.diffusion.block_length", f"{block} goes with time_interpretation: null")
+            if self.model.window is not None or self.model.attention_custom.kernel_meaning == "weight":
+                raise conflict("training.diffusion.block_length", f"{block} goes with attention over all tokens")
+        if time == "depth":
+            self._check_depth()
+
+    def _check_depth(self) -> None:
+        """Which curricula train Stacks that share the noise levels."""
+        progressive, variant = self.training.progressive, self.training.diffusion.depth_variant
+        if self.training.strategy == "phases" or self.training.end_to_end_scope != "rackwise":
+            raise conflict(
+                "training.progressive.time_interpretation",
+                "'depth' goes with strategy progressive or end_to_end (rackwise)",
+            )
+        if self.model.initial is not None:
+            raise conflict("training.progressive.time_interpretation", "'depth' starts without model.initial")
+        if progressive.cache_activations:
+            raise conflict(
+                "training.progressive.cache_activations",
+                "true cannot go with time_interpretation: depth, whose Stacks read tokens",
+            )
+        if self.training.strategy != "progressive":
+            return
+        wanted = "prepend" if variant == "suffix" else "append"
+        if progressive.building_mode != wanted:
+            raise conflict(
+                "training.progressive.building_mode",
+                f"{progressive.building_mode!r}, but depth_variant {variant} grows by {wanted}",
+            )
+        if progressive.trunk_strategy == "qlora":
+            raise conflict(
+                "training.progressive.trunk_strategy",
+                "'qlora' does not go with time_interpretation: depth; allowed: frozen, trainable",
+            )
 
     def _check_growth(self) -> None:
         """What becomes of the trunk: strategies, storage, adapters, cache."""
@@ -994,7 +1156,8 @@ class StackWiseConfigFields(Section):
     @property
     def attention_mode(self) -> Literal["causal", "bidirectional"]:
         """The direction of attention: the preset's, or the objective's where the preset leaves it open."""
-        needed: Literal["causal", "bidirectional"] = "causal" if self.training.objective == "clm" else "bidirectional"
+        causal = self.training.objective in ("clm", "custom")
+        needed: Literal["causal", "bidirectional"] = "causal" if causal else "bidirectional"
         match self.model.attention_preset:
             case "gpt_style":
                 return "causal"
@@ -1003,6 +1166,14 @@ class StackWiseConfigFields(Section):
             case "custom":
                 return self.model.attention_custom.attention_mode or needed
         return needed
+
+    @property
+    def time_fields(self) -> dict[str, Any]:
+        """How the model is told the noise level: fields of a ``RackSpec``, empty where it is not."""
+        if self.training.progressive.time_interpretation != "input":
+            return {}
+        diffusion = self.training.diffusion
+        return {"time_embedding": diffusion.time_embedding, "time_dim": diffusion.time_dim}
 
     def block_fields(self, stack_id: int = 0, index: int = 0) -> dict[str, Any]:
         """The Block ``index`` of the Stack ``stack_id``, as the fields of a ``BlockSpec``."""
@@ -1041,6 +1212,7 @@ class StackWiseConfigFields(Section):
             "kernel_norm": custom.kernel_norm,
             "kernel_bandwidth": custom.kernel_bandwidth,
             "learned_temperature": custom.learned_temperature,
+            "time_dim": self.time_fields.get("time_dim"),
         }
 
     def rack_fields(self, vocab_size: int) -> dict[str, Any]:
@@ -1061,4 +1233,5 @@ class StackWiseConfigFields(Section):
             "mlm_head": model.mlm_head,
             "embedding_dim": model.tokenizer_embedding.embedding_dim,
             "adapter_hidden_dim": model.tokenizer_embedding.adapter_hidden_dim,
+            **self.time_fields,
         }

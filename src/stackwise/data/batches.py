@@ -16,11 +16,12 @@ _SAMPLES_AT_ONCE = 1 << 10
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` (B, T + 1) int64, and the sample id and epoch (B,) of each row."""
+    """``tokens`` (B, T + 1) int64, sample id and epoch (B,) of each row, and targets (B, T) where they are given."""
 
     tokens: NDArray[np.int64]
     sample: NDArray[np.int64]
     epoch: NDArray[np.int64]
+    targets: NDArray[np.int64] | None = None
 
 
 class Batches:

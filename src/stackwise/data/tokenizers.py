@@ -63,6 +63,20 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of ids. Specials give nothing; bytes that are no UTF-8 give U+FFFD."""
 
+    def word_starts(self) -> np.ndarray:
+        """(V,) boolean: whether a token begins a word. A word is what white space and punctuation end or stand for.
+
+        A token begins one if its text begins with white space or punctuation, or if it is a special token: the space
+        before a word so belongs to it, and a letter after a full stop goes with the stop. Bytes that are no character
+        by themselves begin none.
+        """
+        texts = [self._piece(i) for i in range(self.vocab_size)]
+        return np.array([not text or not (text[0].isalnum() or text[0] == "\ufffd") for text in texts])
+
+    def _piece(self, token: int) -> str:
+        """The text of one token as it stands in the middle of a text; empty for specials."""
+        return self.decode([token])
+
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer; a new ``folder`` appears whole or not at all, in an existing one files are replaced.
 
@@ -201,6 +215,16 @@ class LibraryTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self._library.decode(_ids(ids).tolist(), skip_special_tokens=True)
+
+    def _piece(self, token: int) -> str:
+        raw = self._library.id_to_token(token) or ""
+        if token in self.special_ids or not raw:
+            return ""
+        if raw.startswith("##"):  # WordPiece: the middle of a word
+            return raw[2:]
+        if raw.startswith("\u2581") or isinstance(self._library.model, models.WordPiece):
+            return " " + raw.lstrip("\u2581")
+        return self.decode([token])
 
     def library(self) -> Library:
         """A copy of the library's tokenizer."""

@@ -40,11 +40,12 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
     device = resolve_device(training.device)
     result = validate(
         loaded.rack.to(device),
-        create_objective(training, tokenizer),
+        create_objective(config, tokenizer),
         tokens,
         seq_len=min(training.seq_len, len(tokens) - 1),
         batch_size=training.micro_batch_size or training.batch_size,
         bytes_per_token=bytes_per_token,
+        draws=training.evaluation.draws,
         compute_dtype=resolve_compute_dtype(training, device),
         progress=lambda done, total: reporter.work("scoring", done, total),
     )

@@ -83,6 +83,8 @@ def generate(
             f"{n_tokens} tokens after a prompt of {T} are more than the {rows} positions that the model has learned "
             f"(model.learned_positions); {room}"
         )
+    if any(block.attention.attention_mode != "causal" for block in rack.blocks()):
+        raise ValueError("left-to-right generation needs causal attention in every Block")
     cache = rack.make_cache(T + n_tokens)
     return _steps(
         rack, prompt, n_tokens, UniformStreams(seeds), stop_ids, pad_id, suppressed_ids, attention_mask, cache, draw

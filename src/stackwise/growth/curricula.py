@@ -15,6 +15,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import TRAINABLE_PRECISIONS, ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
+from stackwise.objectives.depth import intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
 
 StepFlops = Callable[[Phase], float]
@@ -336,7 +337,7 @@ def build_phases(
     Raises:
         UserError: the budget gives some phase no step.
     """
-    drafts = CURRICULA[config.training.strategy](config, present)
+    drafts = _over_time(CURRICULA[config.training.strategy](config, present), config)
     unit, budget = config.training.budget
     costs: list[float] = []
     for draft in drafts:
@@ -361,6 +362,37 @@ def build_phases(
         # What comes before the steps grows with their number: fewer of them, until both fit.
         for_steps *= min(budget / total, 1.0 - 1e-3)
     return _with_schedules(phases, config.training.schedule)
+
+
+def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
+    """The phases with their noise levels, where depth is time.
+
+    What several levels share (embedding, norm, head) trains with the first Stack; beside a frozen trunk it is frozen
+    too, or the levels of the trunk would be denoised by other weights than they were trained with.
+    """
+    variant = config.training.depth_variant
+    if variant is None:
+        return drafts
+    levels, frozen = levels_of(config), config.training.progressive.trunk_strategy == "frozen"
+    found = []
+    for i, draft in enumerate(drafts):
+        phase, trains = draft.phase, draft.phase.trains
+        if i and phase.growth and frozen:
+            trains = tuple(f"stack.{k}" for k in phase.stacks if k in phase.trained_stacks)
+        noise = tuple(
+            replace(interval, trains=f"stack.{k}" in trains)
+            for k, interval in zip(phase.stacks, intervals_of(variant, levels, len(phase.stacks)))
+        )
+        training = [interval.width for interval in noise if interval.trains]
+        if min(training) / sum(training) * config.training.batch_size < 1.0:
+            narrowest = min(training) / sum(training)
+            raise UserError(
+                f"training.batch_size: {config.training.batch_size} leaves a Stack without a sequence in some "
+                f"steps: the narrowest of {len(training)} noise intervals is {narrowest:.3g} of them; raise it, "
+                "or choose other training.diffusion.levels"
+            )
+        found.append(replace(draft, phase=replace(phase, trains=trains, noise=noise)))
+    return found
 
 
 def _with_steps(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stackwise.objectives.depth import Interval
+
 OptimizerState = Literal["keep", "reset", "copy"]
 Init = Literal["random", "identity", "copy"]
 Precision = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
@@ -75,6 +77,7 @@ class Phase:
             boundary is recomputed as the cache would hold it.
         examples: the batches of the phase: (first, count) of the run's stream, taken again from the first when they are
             through; ``None``: they go on where the phase before ended. Phases that share a cache name the same ones.
+        noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Phase:
     cached: bool = False
     enters: int = 0
     examples: tuple[int, int] | None = None
+    noise: tuple[Interval, ...] = ()
 
     def precision_of(self, stack: int) -> Precision:
         return dict(self.precision).get(stack, "full")

@@ -66,6 +66,16 @@ class LayerCache:
         self._shown = T if first else min(end, capacity)
         return tensors if first else tuple(buffer[:, :, : self._shown] for buffer in self._buffers)
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first ``length`` tokens.
+
+        Raises:
+            ValueError: there are fewer, or a window has dropped some.
+        """
+        if self.window is not None or not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} tokens (window {self.window}) cannot go back to {length}")
+        self.length = length
+
     def mask(self, key_mask: Tensor) -> Tensor:
         """The columns of ``key_mask`` (B, all tokens read) that belong to what ``append`` has just returned."""
         return key_mask[:, -self._shown :]
@@ -92,6 +102,13 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that all layers hold."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first ``length`` tokens."""
+        for layer in self.layers:
+            layer.rewind(length)
+        if self.key_mask is not None:
+            self.key_mask = self.key_mask[:, :length]
 
     def extend_mask(self, mask: Tensor | None, batch: int, n_tokens: int, device: torch.device) -> Tensor | None:
         """The mask (B, S) of all keys once ``n_tokens`` more are read; ``None`` while nothing is padded."""

@@ -10,7 +10,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.model.norms import create_norm
-from stackwise.model.spec import NormKind
+from stackwise.model.spec import NormKind, TimeEmbeddingKind
+
+
+class TimeEmbedding(nn.Module):
+    """(B,) noise levels in [0, 1] → (B, D): what conditions the Blocks.
+
+    sinusoidal: sines and cosines of 1000 t at D/2 frequencies, then time_out(silu(time_in(·))) (DiT, 2212.09748 §3.2).
+    learned: a table of ``LEVELS`` rows, between which it is linear.
+    """
+
+    LEVELS = 65
+
+    def __init__(self, kind: TimeEmbeddingKind, dim: int) -> None:
+        super().__init__()
+        if kind not in ("sinusoidal", "learned"):
+            raise ValueError(f"time_embedding is {kind!r}; allowed: sinusoidal, learned")
+        if dim < 2 or dim % 2:
+            raise ValueError(f"time_dim is {dim}; it must be even, at least 2")
+        self.dim = dim
+        self.table = nn.Parameter(torch.zeros(self.LEVELS, dim)) if kind == "learned" else None
+        self.time_in = nn.Linear(dim, dim) if kind == "sinusoidal" else None
+        self.time_out = nn.Linear(dim, dim) if kind == "sinusoidal" else None
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(B,) → (B, D)."""
+        if self.table is not None:
+            place = time.to(self.table.dtype) * (self.LEVELS - 1)
+            low = place.long().clamp(0, self.LEVELS - 2)
+            share = (place - low)[:, None]
+            return self.table[low] * (1 - share) + self.table[low + 1] * share
+        assert self.time_in is not None and self.time_out is not None
+        half = torch.arange(self.dim // 2, device=time.device, dtype=torch.float32)
+        angle = 1000.0 * time.float()[:, None] * 10000.0 ** (-half / (self.dim // 2))
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.time_in.weight.dtype)
+        out: Tensor = self.time_out(F.silu(self.time_in(features)))
+        return out
 
 
 class TokenEmbedding(nn.Embedding):
@@ -27,6 +62,7 @@ class TokenEmbedding(nn.Embedding):
         norm: after the sum; ``None``: none.
         embedding_dim: E; ``None``: C.
         adapter_hidden_dim: hidden width of the adapter; ``None``: C, and no adapter where E is C.
+        time: embeds noise levels; ``None``: they are no input.
     """
 
     def __init__(
@@ -39,6 +75,7 @@ class TokenEmbedding(nn.Embedding):
         norm: nn.Module | None = None,
         embedding_dim: int | None = None,
         adapter_hidden_dim: int | None = None,
+        time: TimeEmbedding | None = None,
     ) -> None:
         width = d_model if embedding_dim is None else embedding_dim
         super().__init__(vocab_size, width)
@@ -50,6 +87,7 @@ class TokenEmbedding(nn.Embedding):
         hidden = d_model if adapter_hidden_dim is None else adapter_hidden_dim
         self.adapter_in = nn.Linear(width, hidden) if adapted else None
         self.adapter_out = nn.Linear(hidden, d_model) if adapted else None
+        self.time = time
         self._kept: tuple[object, Tensor] | None = None
 
     @property

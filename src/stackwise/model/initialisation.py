@@ -6,7 +6,8 @@
 | projections that read the residual stream or a latent (fan-in n) | N(0, 1/n) |
 | o and down projections (fan-in n) | N(0, 1/(n · 2 · Blocks of the Rack)) |
 | norms | 1 |
-| biases | 0 |
+| biases, and what the noise level adds to Blocks (modulation) | 0 |
+| learned embedding of noise levels | N(0, 1) |
 | temperature of a kernel | that of dot products (ops.kernels.default_temperature) |
 | frequencies of a kernel's features (not trained) | its spectral density |
 
@@ -28,7 +29,7 @@ EMBEDDING_STD = 0.02
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 INNER = (
     "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "k_a_proj", "k_b_proj", "v_a_proj", "v_b_proj",
-    "kv_a_proj", "kv_b_proj", "gate_proj", "up_proj", "dense", "adapter_in", "adapter_out",
+    "kv_a_proj", "kv_b_proj", "gate_proj", "up_proj", "dense", "adapter_in", "adapter_out", "time_in", "time_out",
 )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def init_weights(module: nn.Module, *, n_blocks: int, seed: int, stream: int) ->
     for name, parameter in module.named_parameters():
         *path, leaf = name.split(".")
         kind = path[-1] if path else ""
-        if leaf == "bias":
+        if leaf == "bias" or kind == "modulation":
             parameter.zero_()
             continue
         if leaf == "weight" and parameter.dim() == 1:
@@ -63,6 +64,8 @@ def init_weights(module: nn.Module, *, n_blocks: int, seed: int, stream: int) ->
             std = (parameter.shape[1] * 2 * n_blocks) ** -0.5
         elif kind in INNER:
             std = parameter.shape[1] ** -0.5
+        elif name == "time.table":
+            std = 1.0
         elif name in ("weight", "positions") or kind in ("embedding", "head"):
             std = EMBEDDING_STD
         else:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stackwise.model.attention.core import CoreAttention
 from stackwise.model.cache import KVCache, LayerCache, positions_of
-from stackwise.model.embedding import Head, TokenEmbedding
+from stackwise.model.embedding import Head, TimeEmbedding, TokenEmbedding
 from stackwise.model.feed_forward import create_feed_forward
 from stackwise.model.norms import create_norm
 from stackwise.model.spec import AttentionMode, BlockSpec, RackSpec
@@ -41,6 +41,7 @@ class Block(nn.Module):
         self.ffn_norm = create_norm(*norm)
         self.ffn = create_feed_forward(spec.ffn, spec.d_model, spec.d_ff, spec.freeze_up_proj, spec.bias)
         self.dropout = spec.dropout
+        self.modulation = None if spec.time_dim is None else nn.Linear(spec.time_dim, 6 * spec.d_model)
 
     @property
     def spec(self) -> BlockSpec:
@@ -53,12 +54,30 @@ class Block(nn.Module):
         attention_mask: Tensor | None = None,
         rope: RopeTables | None = None,
         cache: LayerCache | None = None,
+        seen: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """(B, T, C) → (B, T, C).
+
+        ``condition`` (B, ``time_dim``) scales and shifts what each norm returns, and scales each residual branch, by
+        1 + s and 0 + b with s and b from a linear layer that starts at zero (after DiT's adaLN, 2212.09748 §3.2).
+        """
         table = rope[self.attention.rope_key] if rope is not None and self.attention.rope_key else None
-        update = self.attention(_for_products(self.attention_norm(x)), attention_mask, rope=table, cache=cache)
+        h = self.attention_norm(x)
+        if self.modulation is None:
+            update = self.attention(_for_products(h), attention_mask, rope=table, cache=cache, seen=seen)
+            x = x + F.dropout(update, self.dropout, self.training)
+            return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
+        if condition is None:
+            raise ValueError("the Blocks are conditioned on the noise level; give time")
+        scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = (
+            self.modulation(F.silu(condition))[:, None].to(x.dtype).chunk(6, dim=-1)
+        )
+        h = _for_products(h * (1 + scale) + shift)
+        update = (1 + gate) * self.attention(h, attention_mask, rope=table, cache=cache, seen=seen)
         x = x + F.dropout(update, self.dropout, self.training)
-        return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
+        h = _for_products(self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift)
+        return x + F.dropout((1 + ffn_gate) * self.ffn(h), self.dropout, self.training)
 
 
 def _for_products(x: Tensor) -> Tensor:
@@ -96,35 +115,30 @@ class Stack(nn.Module):
         attention_mask: Tensor | None = None,
         rope: RopeTables | None = None,
         caches: Sequence[LayerCache] | None = None,
+        seen: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only.
 
         A Stack that is elsewhere is fetched for the forward pass and again for the backward pass, which recomputes it.
         """
+        rest = (attention_mask, rope, caches, seen, condition)  # without x, which must be free to go
         if self.fetch is None:
-            return self._run(x, attention_mask, rope, caches)
+            return self._run(x, *rest)
         if torch.is_grad_enabled() and caches is None:
             random = any(block.dropout > 0 for block in self.blocks) and self.training
-            return checkpoint(
-                self._run_fetched, x, attention_mask, rope, caches, use_reentrant=False, preserve_rng_state=random
-            )
-        return self._run_fetched(x, attention_mask, rope, caches)
+            return checkpoint(self._run_fetched, x, *rest, use_reentrant=False, preserve_rng_state=random)
+        return self._run_fetched(x, *rest)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Name → tensor of all that is the Stack's own: everything but its adapters."""
         named = self.state_dict(keep_vars=True).items()
         return {name: tensor.detach() for name, tensor in named if ADAPTERS not in name}
 
-    def _run_fetched(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        rope: RopeTables | None,
-        caches: Sequence[LayerCache] | None,
-    ) -> Tensor:
+    def _run_fetched(self, *inputs: Any) -> Tensor:
         assert self.fetch is not None
         tensors = {f"stack.{name}": tensor for name, tensor in self.fetch().items()}
-        return functional_call(_Run(self), tensors, (x, attention_mask, rope, caches))
+        return functional_call(_Run(self), tensors, inputs)
 
     def _run(
         self,
@@ -132,15 +146,16 @@ class Stack(nn.Module):
         attention_mask: Tensor | None,
         rope: RopeTables | None,
         caches: Sequence[LayerCache] | None,
+        seen: Tensor | None,
+        condition: Tensor | None,
     ) -> Tensor:
         for i, block in enumerate(self.blocks):
+            rest = (attention_mask, rope, None if caches is None else caches[i], seen, condition)
             # A Stack that was fetched is recomputed as a whole already.
             if self.activation_checkpointing and self.fetch is None and torch.is_grad_enabled() and caches is None:
-                x = checkpoint(
-                    block, x, attention_mask, rope, use_reentrant=False, preserve_rng_state=block.dropout > 0
-                )
+                x = checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.dropout > 0)
             else:
-                x = block(x, attention_mask, rope, None if caches is None else caches[i])
+                x = block(x, *rest)
         return x
 
 
@@ -183,6 +198,7 @@ class Rack(nn.Module):
             create_norm(*norm) if spec.embedding_norm else None,
             spec.embedding_dim,
             spec.adapter_hidden_dim,
+            None if spec.time_embedding is None else TimeEmbedding(spec.time_embedding, spec.time_dim or 0),
         )
         self.stacks = Stacks(
             Stack(stack_id, [Block(block) for block in blocks]) for stack_id, blocks in zip(spec.stack_ids, spec.stacks)
@@ -292,10 +308,17 @@ class Rack(nn.Module):
             stack.activation_checkpointing = on
 
     def make_cache(self, max_tokens: int) -> KVCache:
-        """An empty cache for ``max_tokens`` tokens. Only causal Racks can read one token after another."""
+        """An empty cache for ``max_tokens`` tokens.
+
+        Where attention is causal it reads one token after another; where it is bidirectional, one block of tokens after
+        another, whose tokens see each other.
+        """
         blocks = self.blocks()
-        if any(block.attention.attention_mode != "causal" for block in blocks):
-            raise ValueError("a key/value cache needs causal attention in every Block")
+        modes = {block.attention.attention_mode for block in blocks}
+        if len(modes) > 1 or (modes == {"bidirectional"} and any(block.attention.window for block in blocks)):
+            raise ValueError(
+                "a key/value cache needs causal attention in every Block, or bidirectional without windows"
+            )
         return KVCache([block.attention.window for block in blocks], max_tokens)
 
     def _rope_tables(self, n_tokens: int, start: int, device: torch.device, positions: Tensor | None) -> RopeTables:
@@ -311,6 +334,11 @@ class Rack(nn.Module):
         cache: KVCache | None = None,
         boundary: Tensor | None = None,
         enters: int = 0,
+        *,
+        runs: tuple[int, int] | None = None,
+        time: Tensor | None = None,
+        seen: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """(B, T) token ids → (B, T, C): what the head's matrix reads.
 
@@ -318,28 +346,54 @@ class Rack(nn.Module):
             attention_mask: boolean (B, T), True where a token is real; positions are counted over real tokens.
             cache: what was read before, from ``make_cache``; ``input_ids`` are then the tokens that follow.
             boundary: (B, T, C), the hidden state of ``input_ids`` after ``enters`` Stacks, which then do not run.
+            runs: (start, stop): only the Stacks at these places run, between embedding and norm. Default all.
+            time: (B,) noise levels in [0, 1], for Blocks that are conditioned on them.
+            seen: (T, T) boolean, which tokens each one sees, in place of the Blocks' attention mode.
+            positions: (B or 1, T) int64, in place of counting.
         """
-        if boundary is not None:
-            x = self.advance(boundary, enters, len(self.stacks), attention_mask)
-        elif cache is None:
-            x = self.advance(self.embed(input_ids, attention_mask), 0, len(self.stacks), attention_mask)
-        else:
-            B, T = input_ids.shape
-            start = cache.length
-            attention_mask = cache.extend_mask(attention_mask, B, T, input_ids.device)
-            positions = None if attention_mask is None else positions_of(attention_mask)[:, -T:]
-            rope = self._rope_tables(T, start, input_ids.device, positions)
-            x, done = self.embedding(input_ids, positions, start), 0
-            for stack in self.stacks:
-                n = len(stack.blocks)
-                x = stack(x, attention_mask, rope, cache.layers[done : done + n])
-                done += n
+        if cache is not None:
+            return self.finish(self._read(input_ids, attention_mask, cache, time))
+        start, stop = runs or (enters, len(self.stacks))
+        return self.finish(
+            self.advance(
+                self.embed(input_ids, attention_mask, positions) if boundary is None else boundary,
+                start,
+                stop,
+                attention_mask,
+                time=time,
+                seen=seen,
+                positions=positions,
+            )
+        )
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache, time: Tensor | None) -> Tensor:
+        """The hidden state of tokens that follow those in ``cache``, after the last Stack."""
+        B, T = input_ids.shape
+        start = cache.length
+        attention_mask = cache.extend_mask(attention_mask, B, T, input_ids.device)
+        positions = None if attention_mask is None else positions_of(attention_mask)[:, -T:]
+        rope = self._rope_tables(T, start, input_ids.device, positions)
+        x, done = self.embedding(input_ids, positions, start), 0
+        condition = self.condition(time)
+        for stack in self.stacks:
+            n = len(stack.blocks)
+            x = stack(x, attention_mask, rope, cache.layers[done : done + n], None, condition)
+            done += n
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """(B, T, C) after the last Stack → what the head's matrix reads."""
         x = self.norm(x)
         return x if self.head is None else self.head(x)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def condition(self, time: Tensor | None) -> Tensor | None:
+        """(B,) noise levels → (B, time_dim): what Blocks are conditioned on, where they are."""
+        return None if time is None or self.embedding.time is None else self.embedding.time(time)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids → (B, T, C), boundary 0."""
-        positions = None if attention_mask is None else positions_of(attention_mask)
+        if positions is None and attention_mask is not None:
+            positions = positions_of(attention_mask)
         where = self.embedding.weight.device
         if where == self.device:
             return self.embedding(input_ids, positions, 0)
@@ -347,13 +401,45 @@ class Rack(nn.Module):
             self.device
         )
 
-    def advance(self, x: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+    def advance(
+        self,
+        x: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        *,
+        time: Tensor | None = None,
+        seen: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, C) at boundary ``start`` → (B, T, C) at boundary ``stop``: runs the Stacks between them."""
-        positions = None if attention_mask is None else positions_of(attention_mask)
+        if positions is None and attention_mask is not None:
+            positions = positions_of(attention_mask)
         rope = self._rope_tables(x.shape[1], 0, x.device, positions)
+        condition = self.condition(time)
         for stack in list(self.stacks)[start:stop]:
-            x = stack(x, attention_mask, rope)
+            x = stack(x, attention_mask, rope, None, seen, condition)
         return x
+
+    def unroll(
+        self, stages: Sequence[Tensor], attention_mask: Tensor | None = None, *, time: Tensor | None = None
+    ) -> list[Tensor]:
+        """One pass in which Stack k reads the tokens of its own stage beside what Stack k − 1 made of the one before.
+
+        h_k = stack_k(h_{k−1} + embed(z_k)), h_{−1} = 0.
+
+        Args:
+            stages: z_0, z_1, …: (B, T) token ids for each of the first Stacks.
+            time: (stages, B) noise levels, for Blocks that are conditioned on them.
+
+        Returns: h_k (B, T, C) of each stage; ``finish`` makes of each what the head's matrix reads.
+        """
+        found: list[Tensor] = []
+        for k, input_ids in enumerate(stages):
+            x = self.embed(input_ids, attention_mask)
+            x = x if not found else found[-1] + x
+            found.append(self.advance(x, k, k + 1, attention_mask, time=None if time is None else time[k]))
+        return found
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids → logits (B, T, V)."""

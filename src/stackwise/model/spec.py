@@ -13,6 +13,7 @@ Latents = Literal["shared", "separate"]
 KernelType = Literal["linear", "gaussian", "laplacian", "uniform"]
 KernelMeaning = Literal["logit", "weight"]
 KernelNorm = Literal["l2", "l1"]
+TimeEmbeddingKind = Literal["sinusoidal", "learned"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class BlockSpec:
             embedding is normalised already).
         ffn: swiglu and geglu are gated; gelu (exact) and gelu_tanh (GPT-2's approximation) are two matrices.
         bias: of all linear layers.
+        time_dim: width of the condition that scales and shifts what the norms return; ``None``: no condition.
     """
 
     d_model: int
@@ -56,6 +58,7 @@ class BlockSpec:
     kernel_norm: KernelNorm = "l2"
     kernel_bandwidth: float | None = None
     learned_temperature: bool = False
+    time_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class RackSpec:
         mlm_head: norm(gelu(dense(x))) before the head, and a bias on its logits (BERT, 1810.04805).
         embedding_dim: width of the token table; ``None``: C. An adapter makes it C where it is not.
         adapter_hidden_dim: hidden width of that adapter; ``None``: C, and no adapter where none is needed.
+        time_embedding: how the noise level becomes a condition of width ``time_dim``; ``None``: it is no input.
     """
 
     vocab_size: int
@@ -93,6 +97,8 @@ class RackSpec:
     mlm_head: bool = False
     embedding_dim: int | None = None
     adapter_hidden_dim: int | None = None
+    time_embedding: TimeEmbeddingKind | None = None
+    time_dim: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.stacks) != len(self.stack_ids) or len(set(self.stack_ids)) != len(self.stack_ids):
@@ -100,6 +106,9 @@ class RackSpec:
         widths = {block.d_model for stack in self.stacks for block in stack} - {self.d_model}
         if widths:
             raise ValueError(f"every Block must have d_model {self.d_model}, the Rack's; found {sorted(widths)}")
+        wanted = self.time_dim if self.time_embedding is not None else None
+        if any(block.time_dim != wanted for block in self.blocks):
+            raise ValueError(f"every Block must have time_dim {wanted}, the Rack's")
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

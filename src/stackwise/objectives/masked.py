@@ -1,11 +1,17 @@
 """Masked language modelling (BERT, 1810.04805 §3.1)."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stackwise.config.schema import MaskingConfig
 from stackwise.data.batches import Batch
+from stackwise.data.hashing import uniform
 from stackwise.data.masking import bert_mask
 from stackwise.objectives.base import CrossEntropyObjective, Example
+
+ROW_RATE = 10
+"""Stream of the rates of sequences, beside those of ``data.masking``."""
 
 
 class MaskedObjective(CrossEntropyObjective):
@@ -17,26 +23,42 @@ class MaskedObjective(CrossEntropyObjective):
         mask_id: the mask token.
         special_ids: tokens that are never picked.
         vocab_size: of the tokenizer.
+        starts: (V,), which tokens begin a word; for whole words.
     """
 
     name = "mlm"
     predicts_every_token = False
 
     def __init__(
-        self, masking: MaskingConfig, *, seed: int, mask_id: int, special_ids: frozenset[int], vocab_size: int
+        self,
+        masking: MaskingConfig,
+        *,
+        seed: int,
+        mask_id: int,
+        special_ids: frozenset[int],
+        vocab_size: int,
+        starts: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.masking, self.seed = masking, seed
+        self.masking, self.seed, self.starts = masking, seed, starts
         self.mask_id, self.special_ids, self.vocab_size = mask_id, special_ids, vocab_size
 
     def corrupt(self, batch: Batch) -> Example:
+        masking = self.masking
+        rate: float | NDArray[np.float64] = masking.rate
+        if masking.max_rate is not None:
+            u = uniform(self.seed, batch.epoch, batch.sample, 0, stream=ROW_RATE)
+            rate = masking.rate + (masking.max_rate - masking.rate) * u
         inputs, targets = bert_mask(
             batch.tokens[:, :-1],
             batch.epoch,
             batch.sample,
             seed=self.seed,
-            rate=self.masking.rate,
-            mask_share=self.masking.mask_share,
-            random_share=self.masking.random_share,
+            rate=rate,
+            unit=masking.unit,
+            starts=self.starts,
+            span_length=masking.span_length,
+            mask_share=masking.mask_share,
+            random_share=masking.random_share,
             mask_id=self.mask_id,
             special_ids=self.special_ids,
             vocab_size=self.vocab_size,

@@ -28,6 +28,7 @@ def attend(
     window: int | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v.
 
@@ -40,6 +41,8 @@ def attend(
         dropout: probability of dropping an attention weight. torch's fused kernel for CPUs has none: there, the T×S
             weights are written out while it is above 0.
         scale: default 1 / √D.
+        seen: (T, S) boolean, True where query t sees key s: what neither causality nor a window says. One for all rows
+            and heads. Not beside ``causal`` or ``window``. Default all.
 
     Returns: (B, H, T, E). A query that sees padded keys only gets a finite, meaningless row.
 
@@ -51,13 +54,19 @@ def attend(
         causal = False
     if T != S and (causal or window is not None):
         raise ValueError(f"causal and local attention need as many queries as keys; there are {T} and {S}")
+    if seen is not None and (causal or window is not None):
+        raise ValueError("seen says which keys a query sees; it goes with neither causal nor window")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and (window - 1 if causal else window // 2) < S - 1:
         return _attend_locally(q, k, v, causal, key_mask, window, dropout, scale)
     mask = None
-    if key_mask is not None and causal:
+    if seen is not None:
+        both = seen if key_mask is None else seen & key_mask[:, None, None]
+        mask = _scores(both, q.dtype)
+        mask = mask if mask.dim() == 4 else mask[None, None]
+    elif key_mask is not None and causal:
         q, k = _with_mask_column(q, k, key_mask, scale)
     elif key_mask is not None:
         mask = _scores(key_mask, q.dtype)[:, None, None]

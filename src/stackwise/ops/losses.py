@@ -36,7 +36,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scales: Tensor,
+        excluded: int | None,
+        rows: int,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -46,17 +53,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = _logits(part, matrix, bias)
-            valid = target != IGNORE
+            logits = _logits(part, matrix, bias, excluded)
+            scale = (target != IGNORE) * scales[start : start + rows]
             index = target.clamp(min=0)[:, None]
             log_z = logits.logsumexp(-1)
-            total += ((log_z - logits.gather(-1, index).squeeze(-1)) * valid).sum()
+            total += ((log_z - logits.gather(-1, index).squeeze(-1)) * scale).sum()
             if not any(ctx.needs_input_grad):
                 continue
             # d loss / d logits = (softmax − onehot) · scale at the positions that count
             grad = logits.sub_(log_z[:, None]).exp_()
             grad.scatter_add_(-1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-            grad = grad.mul_((valid * scale)[:, None])
+            grad = grad.mul_(scale[:, None])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -73,19 +80,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return total * scale
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since the head's gradient is as large as the head; a second backward pass is refused by autograd.
         grads = (None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
-def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden matrixᵀ + bias in fp32, for the softmax: bf16 has 8 bits of mantissa."""
-    return F.linear(hidden, matrix, None if bias is None else bias.to(hidden.dtype)).float()
+def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None, excluded: int | None) -> Tensor:
+    """hidden matrixᵀ + bias in fp32, for the softmax: bf16 has 8 bits of mantissa; −∞ at ``excluded``."""
+    logits = F.linear(hidden, matrix, None if bias is None else bias.to(hidden.dtype)).float()
+    if excluded is not None:
+        logits[:, excluded] = float("-inf")
+    return logits
 
 
 def linear_cross_entropy(
@@ -96,14 +106,18 @@ def linear_cross_entropy(
     chunk: int | None = None,
     *,
     bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    excluded: int | None = None,
 ) -> Tensor:
-    """scale · Σ cross-entropy(hidden weightᵀ + bias, targets) over the positions whose target is not ``IGNORE``.
+    """scale · Σ w · cross-entropy(hidden weightᵀ + bias, targets) over the positions whose target is not ``IGNORE``.
 
     Args:
         hidden: (N, C); weight: (V, C); targets: (N,) int64.
         scale: 1 / (positions that count in the whole accumulated batch) gives the mean.
         chunk: positions whose logits exist at a time; default: as many as ``CHUNK_ELEMENTS`` allows.
         bias: (V,), added to the logits; default none.
+        weights: (N,) fp32, w of each position; default 1.
+        excluded: a token that is never predicted: its logit is −∞.
 
     Returns: scalar fp32. Differentiable once, with respect to ``hidden``, ``weight`` and ``bias``. Under autocast the
     products run in the autocast dtype, the softmax in fp32.
@@ -114,20 +128,36 @@ def linear_cross_entropy(
     rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
     with torch.autocast(device, enabled=False):
         if rows >= hidden.shape[0]:  # one chunk: the plain loss, whose few kernels are quicker on small logits
-            logits = _logits(hidden, weight.to(hidden.dtype), bias)
-            return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * scale
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, rows)
+            logits = _logits(hidden, weight.to(hidden.dtype), bias, excluded)
+            if weights is None:
+                return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") * scale
+            terms = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+            return (terms * weights).sum() * scale
+        scales = hidden.new_full((1,), scale, dtype=torch.float32).expand(len(targets))
+        if weights is not None:
+            scales = weights * scale
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scales, excluded, rows)
 
 
 def linear_cross_entropy_terms(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, *, bias: Tensor | None = None
-) -> Tensor:
-    """The cross-entropy of each position (N,), fp32, 0 where the target is ``IGNORE``. No gradient; for evaluation."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    excluded: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of each position, (N,): the cross-entropy, fp32, and whether the target is the likeliest token.
+
+    0 and ``False`` where the target is ``IGNORE``. No gradient; for evaluation.
+    """
     rows = chunk or chunk_rows(hidden.shape[0], weight.shape[0])
     with torch.no_grad():
         matrix = weight.to(hidden.dtype)
-        parts = [
-            F.cross_entropy(_logits(h, matrix, bias), t, ignore_index=IGNORE, reduction="none")
-            for h, t in zip(hidden.split(rows), targets.split(rows))
-        ]
-    return torch.cat(parts)
+        terms, right = [], []
+        for h, t in zip(hidden.split(rows), targets.split(rows)):
+            logits = _logits(h, matrix, bias, excluded)
+            terms.append(F.cross_entropy(logits, t, ignore_index=IGNORE, reduction="none"))
+            right.append(logits.argmax(-1) == t)
+    return torch.cat(terms), torch.cat(right)

@@ -30,6 +30,8 @@ from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, sta
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.rack import Block
 from stackwise.model.spec import BlockSpec
+from stackwise.objectives.depth import levels_of
+from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
@@ -174,6 +176,7 @@ def measure_segments(
     runtime: int,
     optimizer: OptimizerConfig | None,
     entered: bool,
+    loss_of: Callable[[Rack, Tensor], Tensor] | None = None,
 ) -> tuple[PhaseCost, list[int]]:
     """Costs a step of ``rack``, whose tensors are fake and whose trainable parameters require gradients.
 
@@ -184,6 +187,8 @@ def measure_segments(
         runtime: bytes beside tensors, added to the peak.
         optimizer: whose state is counted; default AdamW.
         entered: a hidden state of the whole batch enters before the first Stack, in place of the tokens.
+        loss_of: gives the loss of the Rack and one micro-batch of tokens, where it is not that of all Stacks in a row;
+            its activations are then all that it leaves, and there is one segment for it.
 
     Returns:
         The cost, and the peak of each segment: up to the end of the forward pass of each Stack, first to last, the
@@ -208,12 +213,19 @@ def measure_segments(
             parameter.register_post_accumulate_grad_hook(partial(_update, updates[name], micro_batches == 1))
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
-            hidden = rack.hidden(inputs, boundary=boundary)
-            activations = ledger.live
-            ledger.mark()
-            loss = linear_cross_entropy(hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias)
-            logits = ledger.mark() - activations
-            del hidden
+            if loss_of is None:
+                hidden = rack.hidden(inputs, boundary=boundary)
+                activations = ledger.live
+                ledger.mark()
+                loss = linear_cross_entropy(
+                    hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias
+                )
+                logits = ledger.mark() - activations
+                del hidden
+            else:
+                loss = loss_of(rack, inputs)
+                activations = ledger.live
+                logits = max(0, ledger.mark() - activations)
         loss.backward()
         del loss
         if not inside:
@@ -358,7 +370,7 @@ class PhaseCoster:
 
     def __call__(self, phase: Phase) -> PhaseCost:
         kinds, others = self._kinds(phase)
-        key = (kinds, others, phase.cached, phase.enters)
+        key = (kinds, others, phase.cached, phase.enters, phase.noise)
         if key not in self._known:
             with self._mode:
                 self._known[key] = self._measure(kinds, others, phase)
@@ -412,6 +424,9 @@ class PhaseCoster:
 
     def _measure(self, kinds: tuple[_Kind, ...], others: tuple[str, ...], phase: Phase) -> PhaseCost:
         training = self.config.training
+        loss_of = self._loss_of(phase)
+        if loss_of is not None:
+            return self._run_step(kinds, others, False, loss_of)[0]
         first = next((i for i, kind in enumerate(kinds) if kind.needs_gradients), len(kinds))
         if "embedding" in others:
             first = 0
@@ -473,8 +488,26 @@ class PhaseCoster:
         """Whether every Stack's output requires gradients, so that every segment is seen."""
         return not self._spec.freeze_embeddings
 
+    def _loss_of(self, phase: Phase) -> Callable[[Rack, Tensor], Tensor] | None:
+        """The loss of a micro-batch of diffusion, where it is not that of all Stacks in a row over the tokens."""
+        training = self.config.training
+        variant, block = training.depth_variant, training.diffusion.block_length
+        told = training.progressive.time_interpretation == "input"
+        if training.objective != "diffusion" or (variant is None and block is None and not told):
+            return None
+        levels = (1.0, 0.0) if variant is None else levels_of(self.config)
+        objective = DiffusionObjective(
+            training.diffusion, seed=0, mask_id=0, special_ids=frozenset(), vocab_size=self._spec.vocab_size,
+            variant=variant, levels=levels, conditioned=training.diffusion.condition if told else None,
+        ).during(phase.noise)  # fmt: skip
+        return partial(_dry_loss, objective)
+
     def _run_step(
-        self, kinds: tuple[_Kind, ...], others: tuple[str, ...], entered: bool
+        self,
+        kinds: tuple[_Kind, ...],
+        others: tuple[str, ...],
+        entered: bool,
+        loss_of: Callable[[Rack, Tensor], Tensor] | None = None,
     ) -> tuple[PhaseCost, list[int]]:
         training = self.config.training
         rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
@@ -488,7 +521,7 @@ class PhaseCoster:
                 stack.fetch = partial(_copies, stack.own_tensors())
         return measure_segments(
             rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
-            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, entered,
+            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, entered, loss_of,
         )  # fmt: skip
 
     def _embedding_bytes(self) -> int:
@@ -523,6 +556,11 @@ class PhaseCoster:
             own = sum(_bytes(t) for t in stack.own_tensors().values())
             self._facts[key] = _StackFacts(stored, own, parameters_of(stack), ledger.flops, ledger.peak + _bytes(x))
         return self._facts[key]
+
+
+def _dry_loss(objective: DiffusionObjective, rack: Rack, inputs: Tensor) -> Tensor:
+    """The loss of an example of the right shapes: rows shared among the Stacks as a step shares them on average."""
+    return objective.loss(rack, objective.typical(inputs), 1.0)
 
 
 def _longest_row(kinds: Sequence[_Kind]) -> tuple[int, int]:

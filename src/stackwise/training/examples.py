@@ -12,7 +12,7 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.growth.phases import Phase
 from stackwise.model.rack import Rack, Stack
-from stackwise.objectives.base import Example
+from stackwise.objectives.base import Example, Objective
 from stackwise.ops.boundary import round_boundary
 from stackwise.ops.precision import autocast
 from stackwise.training.activation_cache import ActivationCache, BoundaryId, BoundaryReader, CachedBoundary
@@ -24,6 +24,8 @@ class ExampleSource(Protocol):
 
     repeatable: bool
     """Whether ``example`` is a pure function of the step: else a run over it cannot be resumed or take a step twice."""
+
+    def during(self, objective: Objective) -> ExampleSource: ...
 
     def example(self, step: int) -> Example: ...
 

@@ -148,6 +148,7 @@ class Loop:
         self.offload = Offload(device)
         self.cache: ActivationCache | None = None
         self._inside: InBackward | None = None
+        self._of_phase = source, objective
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -172,6 +173,11 @@ class Loop:
         """The steps of one phase: evaluate, save, step, log."""
         state, training, rack = self.state, self.config.training, self.rack
         started = time.perf_counter()
+        if phase.noise:
+            objective = self.objective.during(phase.noise)
+            self._of_phase = self.source.during(objective), objective
+        else:
+            self._of_phase = self.source, self.objective
         self._recall(phase)
         stored = self._store_and_grow(phase)
         self._place(phase)
@@ -302,7 +308,7 @@ class Loop:
         micro_batches = list(example.micro_batches(training.micro_batch_size or len(example.inputs)))
         for i, micro in enumerate(micro_batches):
             with autocast(self.device, self.compute_dtype):
-                loss = self.objective.loss(self.rack, micro, 1.0 / count)
+                loss = self._of_phase[1].loss(self.rack, micro, 1.0 / count)
             total += loss.detach()
             if self._inside is not None and i == len(micro_batches) - 1:
                 self._check_finite("the loss", float(total), "nothing was updated")
@@ -342,7 +348,7 @@ class Loop:
                 "give a ProgressiveDataLoader, or set it to false"
             )
         if not phase.enters:
-            return PhaseExamples(self.source, phase, state.phase_step, state.step)
+            return PhaseExamples(self._of_phase[0], phase, state.phase_step, state.step)
         compute = Boundaries(self.rack, self.source, self.config, self.device, self.compute_dtype, self.offload)
         cached = None
         if phase.cached:

@@ -151,7 +151,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     )
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
-    objective = create_objective(training, data.tokenizer)
+    objective = create_objective(config, data.tokenizer)
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
@@ -197,7 +197,8 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     validation = loop.validation or score(rack)
     peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
     summary = {
-        "validation": {k: v for k, v in validation.to_dict().items() if k != "tokens"},
+        "validation": {k: v for k, v in validation.to_dict().items() if k not in ("tokens", "nelbo")},
+        **({} if validation.nelbo is None else {"nelbo": validation.nelbo}),
         "tokens": state.tokens,
         "flops": state.flops,
         "wall_seconds": state.seconds,
@@ -215,12 +216,13 @@ def validate_run(
     """Scores the validation tokens as the run does."""
     return validate(
         rack,
-        create_objective(config.training, data.tokenizer),
+        create_objective(config, data.tokenizer),
         data.validation,
         seq_len=config.training.seq_len,
         batch_size=config.training.micro_batch_size or config.training.batch_size,
         bytes_per_token=data.bytes_per_token,
         max_tokens=config.training.evaluation.max_tokens,
+        draws=config.training.evaluation.draws,
         compute_dtype=compute_dtype,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,10 @@ class TokenSource:
     def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
         self._loader, self._objective = loader, objective
 
+    def during(self, objective: Objective) -> TokenSource:
+        """The same batches as another objective sees them."""
+        return TokenSource(self._loader, objective)
+
     def example(self, step: int) -> Example:
         return self._objective.corrupt(self._loader.batch(step))
 
@@ -59,7 +64,8 @@ class IterableSource:
 
     A batch is a tensor of ids, a pair (input_ids, labels) or a mapping with ``input_ids`` and, if any,
     ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
-    shifted here. Padded positions never count.
+    shifted here. With the objective custom they are each position's own target, and nothing is shifted. Padded
+    positions never count.
     """
 
     repeatable = False
@@ -69,25 +75,38 @@ class IterableSource:
         self._iterator: Iterator[Any] = iter(())
         self._epoch, self._sample = -1, 0
 
+    def during(self, objective: Objective) -> IterableSource:
+        """The batches that follow, as another objective sees them."""
+        self._objective = objective
+        return self
+
     def example(self, step: int) -> Example:
         ids, mask, labels = _unpack(self._next())
         B = len(ids)
-        if labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
+        custom = self._objective.name == "custom"
+        if custom and labels is None:
+            raise UserError("the objective custom needs batches with labels: the target of each position")
+        if not custom and labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
             raise UserError(
                 "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing "
                 "counts (shifting and masking is done here)"
             )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        counts = real if labels is None else real & (labels != IGNORE)
+        counts = real if labels is None or custom else real & (labels != IGNORE)
         sample = np.arange(self._sample, self._sample + B)
         self._sample += B
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
-        example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch)))
+        given = labels.numpy() if custom and labels is not None else None
+        example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
+        if example.weights is not None or example.clean is not None:
+            if mask is not None or bool((~counts).any()):
+                raise UserError("the objective diffusion takes batches without padding, all of whose tokens count")
+            return example
         shifted = real & torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
         counted = shifted if self._objective.predicts_every_token else counts
         targets = torch.where(counted, example.targets, IGNORE)
-        return Example(example.inputs, targets, None if mask is None else real)
+        return replace(example, targets=targets, attention_mask=None if mask is None else real)
 
     def _next(self) -> Any:
         for attempt in range(2):

@@ -8,11 +8,10 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer
-from stackwise.errors import UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.rack_builder import ProgressiveRackBuilder
 from stackwise.model.architecture import Rack
-from stackwise.objectives import CausalObjective, Objective, create_objective
+from stackwise.objectives import Objective, create_objective
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.training.loop import Loop
@@ -34,13 +33,7 @@ class _Trainer:
         self, config: StackWiseConfig, *, tokenizer: Tokenizer | None = None, reporter: Reporter | None = None
     ) -> None:
         self.config, self.reporter = config, reporter or SilentReporter()
-        self.objective: Objective
-        if tokenizer is not None:
-            self.objective = create_objective(config.training, tokenizer)
-        elif config.training.objective == "clm":
-            self.objective = CausalObjective()
-        else:
-            raise UserError("training.progressive.training_objective: mlm needs the tokenizer, for its mask token")
+        self.objective: Objective = create_objective(config, tokenizer)
 
     def _train(
         self, config: StackWiseConfig, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]

@@ -8,7 +8,7 @@ from typing import Any, Self, get_args
 from torch import nn
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import ModelConfig
+from stackwise.config.schema import AttentionPreset
 from stackwise.model.attention.core import CoreAttention
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 
@@ -105,7 +105,7 @@ class AttentionPresets:
         return getattr(AttentionPresets, name)
 
 
-PRESET_NAMES: tuple[str, ...] = get_args(ModelConfig.model_fields["attention_preset"].annotation)
+PRESET_NAMES: tuple[str, ...] = get_args(AttentionPreset)
 
 
 def _preset(name: str, d_model: int, n_heads: int, settings: dict[str, Any]) -> CoreAttention:

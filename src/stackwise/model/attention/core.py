@@ -269,6 +269,7 @@ class CoreAttention(nn.Module):
         *,
         rope: tuple[Tensor, Tensor] | None = None,
         cache: LayerCache | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) → (B, T, C).
 
@@ -276,11 +277,13 @@ class CoreAttention(nn.Module):
             attention_mask: boolean (B, T), True where a token is real; with a cache, (B, all tokens read so far).
                 Positions are counted over real tokens.
             rope: the rotary table of these positions, where the caller has it already; computed when left out.
-            cache: what was kept of earlier tokens. It takes the whole prompt at first, then one token at a time.
+            cache: what was kept of earlier tokens. It takes the whole prompt at first, then one token at a time; where
+                attention is bidirectional, then several, which see each other and all that are held.
+            seen: (T, S) boolean, which keys each query sees, in place of ``attention_mode``; not beside a window.
         """
         B, T, _ = x.shape
         past = 0 if cache is None else cache.length
-        if past and T > 1:
+        if past and T > 1 and self.attention_mode == "causal":
             raise ValueError(f"a cache that holds {past} tokens takes one token at a time, not {T}")
         if rope is None and self.rope_key is not None:
             rope = rope_table(past + T, *self.rope_key, x.device)
@@ -292,7 +295,7 @@ class CoreAttention(nn.Module):
             q, k, v = self._from_projections(x, rope, cache)
         if cache is not None and attention_mask is not None:
             attention_mask = cache.mask(attention_mask)
-        out = self._attend(q, k, v, attention_mask, decoding=past > 0)
+        out = self._attend(q, k, v, attention_mask, seen, decoding=past > 0)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, self.n_heads * self.v_dim))
 
     def _from_projections(
@@ -340,9 +343,11 @@ class CoreAttention(nn.Module):
         """Random features of queries or keys, where a kernel is the logit."""
         return x if self.frequencies is None else fourier_features(x, self.frequencies)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, decoding: bool) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seen: Tensor | None, *, decoding: bool
+    ) -> Tensor:
         """(B, H, T, size of a value head)."""
-        causal = self.attention_mode == "causal" and not decoding
+        causal = self.attention_mode == "causal" and not decoding and seen is None
         window = None if decoding else self.window  # a cache of a local layer holds its window only
         dropout = self.dropout if self.training else 0.0
         scale = self.qk_dim**-0.5
@@ -355,8 +360,10 @@ class CoreAttention(nn.Module):
             elif self.kernel_type == "gaussian":
                 q, k = gaussian_weight_columns(q, k, self.bandwidth)
                 scale = self.bandwidth**-2
+            elif seen is not None:
+                raise ValueError("the laplacian as weight cannot be told which keys each query sees (seen)")
             else:
                 return laplacian_weight_attention(
                     q, k, v, self.bandwidth, causal=causal, key_mask=key_mask, window=window
                 )
-        return attend(q, k, v, causal=causal, key_mask=key_mask, window=window, dropout=dropout, scale=scale)
+        return attend(q, k, v, causal=causal, key_mask=key_mask, window=window, dropout=dropout, scale=scale, seen=seen)
