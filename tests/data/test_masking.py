@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stackwise.data.masking import bert_mask
+from stackwise.data.masking import bert_mask, count_mask, mask_uniforms, rate_mask
 
 IGNORE = -100
 MASK, SPECIALS, VOCAB = 2, frozenset((0, 1, 2)), 103
@@ -114,3 +114,85 @@ def test_how_a_token_is_hidden_is_independent_of_whether_a_lower_rate_picks_it()
     hidden = (inputs == MASK) & picked_low
     assert within(hidden.sum(), picked_low.sum(), 0.8)
     assert (targets[picked_low] != IGNORE).all()
+
+
+# ---- units, rates and counts
+
+
+def uniforms(ids: np.ndarray, epoch: int = 0, sample: np.ndarray | None = None, **settings) -> np.ndarray:
+    sample = np.arange(len(ids)) if sample is None else sample
+    return mask_uniforms(ids, np.broadcast_to(epoch, len(ids)), sample, seed=5, **settings)
+
+
+def runs(u: np.ndarray) -> list[int]:
+    """Lengths of the runs of equal neighbours in each row."""
+    found = []
+    for row in u:
+        found += [len(list(group)) for _, group in itertools.groupby(row)]
+    return found
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_uniforms_are_of_their_place_alone(unit: str) -> None:
+    ids = tokens(40, 31)
+    starts = np.arange(VOCAB) % 3 == 0
+    whole = uniforms(ids, unit=unit, starts=starts)
+    assert np.array_equal(whole[7:9], uniforms(ids[7:9], sample=np.array([7, 8]), unit=unit, starts=starts))
+    order = np.random.default_rng(3).permutation(40)
+    assert np.array_equal(whole[order], uniforms(ids[order], sample=order, unit=unit, starts=starts))
+    assert not (whole == uniforms(ids, epoch=1, unit=unit, starts=starts)).any()
+    assert whole.min() >= 0 and whole.max() < 1
+
+
+def test_words_share_one_number_and_spans_have_their_mean_length() -> None:
+    ids = tokens(60, 211)
+    starts = np.arange(VOCAB) % 4 == 0
+    u = uniforms(ids, unit="word", starts=starts)
+    for row, numbers in zip(ids, u):
+        edges = np.flatnonzero(starts[row])
+        for word in np.split(numbers, edges):
+            assert len(set(word)) <= 1
+        assert len(set(numbers)) == len(set(edges) | {0})
+    lengths = runs(uniforms(ids, unit="span", span_length=4.0))
+    assert np.mean(lengths) == pytest.approx(4.0, rel=0.05)
+    assert np.mean(np.array(lengths) == 1) == pytest.approx(0.25, abs=0.03)  # geometric
+    assert set(runs(uniforms(ids, unit="span", span_length=1.0))) == {1}
+
+
+def test_masks_are_nested_in_the_rate_and_in_the_count() -> None:
+    ids = tokens(30, 53)
+    u, fixed = uniforms(ids), ids % 7 == 0
+    before = np.zeros_like(fixed)
+    for rate in (0.1, 0.3, 0.31, 0.9, 1.0):
+        now = rate_mask(u, rate, fixed)
+        assert not (before & ~now).any() and not (now & fixed).any()
+        before = now
+    assert np.array_equal(before, ~fixed)
+    spans = uniforms(ids, unit="span")  # with ties
+    before = np.zeros_like(fixed)
+    for count in range(30):
+        now = count_mask(spans, np.full(30, count), fixed)
+        assert (now.sum(axis=1) == count).all() and not (before & ~now).any() and not (now & fixed).any()
+        before = now
+    with pytest.raises(ValueError, match=r"row 2 has 5 positions that can be masked; 6 were asked for"):
+        count_mask(u[:3, :5], np.array([1, 2, 6]), np.zeros((3, 5), dtype=bool))
+
+
+def test_each_row_has_its_own_rate() -> None:
+    ids = tokens(400, 127)
+    rates = np.linspace(0.05, 0.9, 400)
+    _, targets = mask(ids, rate=rates)
+    shares = (targets != IGNORE).mean(axis=1)
+    assert np.abs(shares - rates).max() < 5 * 0.5 / 127**0.5
+    assert np.corrcoef(shares, rates)[0, 1] > 0.97
+
+
+def test_whole_words_are_predicted_whole() -> None:
+    ids = tokens(50, 89)
+    starts = np.arange(VOCAB) % 3 == 0
+    _, targets = mask(ids, unit="word", starts=starts, rate=0.3)
+    for row, found in zip(ids, targets != IGNORE):
+        for word in np.split(found, np.flatnonzero(starts[row])):
+            assert word.all() or not word.any()
+    with pytest.raises(ValueError, match="starts"):
+        mask(ids, unit="word")

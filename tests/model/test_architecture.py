@@ -121,7 +121,7 @@ def test_a_cache_refuses_what_it_cannot_hold_and_bidirectional_windows():
         cache = rack.make_cache(5)
         rack(ids[:, :5], cache=cache)
         rack(ids[:, 5:6], cache=cache)
-    with pytest.raises(ValueError, match="without a window"):
+    with pytest.raises(ValueError, match="without windows"):
         spec = create_block_spec(C, F, H, G, "bidirectional", window=4)
         create_rack_from_specs(V, C, [{"stack_id": 0, "n_blocks": 1, "block_spec": spec}]).make_cache(5)
 

@@ -32,7 +32,15 @@ def evaluate(
     if as_json:
         print_json(scores)
         return
-    table("", ("score", "value"), [[name, _number(value)] for name, value in scores.items()], stderr=False)
+    rows: list[list[str]] = []
+    for name, value in scores.items():
+        if name == "nelbo":
+            rows += [[f"bound: {part}", _number(number)] for part, number in value.items()]
+        elif name == "curve":
+            rows += [[f"nats where {rate:.0%} is masked", _number(mean)] for rate, mean, _ in value]
+        else:
+            rows.append([name, _number(value)])
+    table("", ("score", "value"), rows, stderr=False)
 
 
 def _number(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,41 +20,132 @@ def generate(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to generate at most, for each prompt")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw among so many tokens")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="clm: draw among so many tokens")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", min=0.0, max=1.0, help="Leave out tokens less likely than this times the likeliest"),
+        typer.Option(
+            "--min-p", min=0.0, max=1.0, help="clm: leave out what is less likely than this times the likeliest"
+        ),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeat it for several")
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="clm: end before this text; may be repeated"),
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="TEXT", help="diffusion: fill its gaps; {20} is one of 20 tokens"),
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            "--order",
+            help="diffusion: ancestral, first_hitting, confidence, margin, entropy or threshold "
+            "(default: ancestral; in blocks first_hitting)",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="diffusion: so many (default: one a token); of each Stack if depth is time"
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="diffusion, order threshold: fill all gaps at least so sure")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option("--guidance", min=0.0, help="diffusion: how far to lean towards what is given")
+    ] = 0.0,
+    show: Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write text that goes on from a prompt, left to right."""
+    """Write text: left to right after a prompt (clm), or in any order, gaps too (diffusion)."""
     from stackwise.cli.results import print_json
+    from stackwise.errors import UserError
     from stackwise.generation.sampling import row_seeds
     from stackwise.generation.text import stream_texts
     from stackwise.training.run import load
 
     loaded = load(run)
+    if template is not None and prompt:
+        raise UserError("--template and --prompt are both given; the template holds what the text begins with")
     prompts = prompt or [""]
     seeds = row_seeds(seed, len(prompts))
-    steps = stream_texts(
-        loaded.rack, loaded.tokenizer, loaded.config, prompts, tokens, seed=seeds, stop=stop or (),
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-    )  # fmt: skip
-    if len(prompts) == 1 and not as_json:
-        print(prompts[0], end="", flush=True)
-        for (piece,) in steps:
-            print(piece, end="", flush=True)
-        print()
-        return
-    texts = ["".join(pieces) for pieces in zip(*steps)]
+    of_clm = {"--top-k": top_k, "--min-p": min_p, "--stop": stop}
+    of_diffusion = {
+        "--template": template, "--order": order, "--steps": steps, "--threshold": threshold,
+        "--guidance": guidance or None, "--show": show or None,
+    }  # fmt: skip
+    diffusion = loaded.config.training.objective == "diffusion"
+    for option, value in (of_clm if diffusion else of_diffusion).items():
+        if value is not None:
+            reader, trained = "clm" if diffusion else "diffusion", loaded.config.training.objective
+            raise UserError(f"{option} is read by runs of {reader}; this one was trained with {trained}")
+    if diffusion:
+        options = {"order": order, "steps": steps, "threshold": threshold, "guidance": guidance}
+        texts = _filled(
+            loaded, prompts, tokens, template, show, seeds,
+            {**options, "temperature": temperature, "top_p": top_p},
+        )  # fmt: skip
+        if template is not None:
+            prompts = [template]
+    else:
+        pieces = stream_texts(
+            loaded.rack, loaded.tokenizer, loaded.config, prompts, tokens, seed=seeds, stop=stop or (),
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        )  # fmt: skip
+        if len(prompts) == 1 and not as_json:
+            print(prompts[0], end="", flush=True)
+            for (piece,) in pieces:
+                print(piece, end="", flush=True)
+            print()
+            return
+        texts = ["".join(parts) for parts in zip(*pieces)]
     results = [{"prompt": p, "seed": s, "text": text} for p, s, text in zip(prompts, seeds, texts, strict=True)]
     if as_json:
         print_json(results if len(results) > 1 else results[0])
+    elif diffusion:
+        print("\n\n".join(texts))
+    else:
+        print("\n\n".join(f"{p}\n{text}" for p, text in zip(prompts, texts)))
+
+
+def _filled(
+    loaded: Any, prompts: list[str], n_tokens: int, template: str | None, show: bool, seeds: list[int],
+    options: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    """The whole texts, prompts included; prompts of unequal length one after another."""
+    from stackwise.generation.filling import fill_texts, template_ids
+
+    tokenizer, mask_id = loaded.tokenizer, loaded.tokenizer.mask_id
+    texts = []
+    for text, seed in zip(prompts, seeds):
+        if template is not None:
+            start = template_ids(tokenizer, template, mask_id)
+        else:
+            start = [*tokenizer.encode(text).tolist(), *[mask_id] * n_tokens]
+        states = fill_texts(loaded.rack, tokenizer, loaded.config, [start], seed=seed, **options)
+        for state in _shown(states) if show else states:
+            last = state[0]
+        texts.append(last)
+    return texts
+
+
+def _shown(states: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Shows each state: in one place where that is a terminal, else as lines."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        for state in states:
+            console.print(Text(state[0]), soft_wrap=True)
+            yield state
         return
-    print("\n\n".join(f"{p}\n{text}" for p, text in zip(prompts, texts)))
+    with Live(console=console, transient=True, refresh_per_second=20) as live:
+        for state in states:
+            live.update(Text(state[0]))
+            yield state

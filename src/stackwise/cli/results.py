@@ -39,6 +39,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def bound(loss: float, nelbo: dict[str, Any] | None) -> str:
+    """A loss as a number, or as the bound that it is."""
+    if nelbo is None:
+        return f"{loss:.4f}"
+    error = nelbo["standard_error"]
+    return f"≤ {loss:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     """The end of a run."""
     if as_json:
@@ -64,11 +72,11 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
         "first loss", "last loss", "validation", "bits/byte",
     )  # fmt: skip
     table("", header, rows)
-    validation = summary["validation"]
+    validation, nelbo = summary["validation"], summary.get("nelbo")
     per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
     console = Console(stderr=True)
     console.print(
-        f"validation loss {validation['loss']:.4f} nats per token, "
+        f"validation loss {bound(validation['loss'], nelbo)} nats per token, "
         f"perplexity {validation['perplexity']:.2f}{per_byte}\n"
         f"in {run}: try  stackwise generate {run}  or  stackwise eval {run}",
         highlight=False,

@@ -9,7 +9,8 @@ from typing import Any
 from stackwise.data.store import encode_files, prepare
 from stackwise.errors import UserError
 from stackwise.evaluation.entropy import ngram_entropies
-from stackwise.objectives import create_objective
+from stackwise.evaluation.pseudo import pseudo_perplexity
+from stackwise.objectives import MaskedObjective, create_objective
 from stackwise.objectives.scoring import bits_per_byte, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.training.progress import Reporter
@@ -38,22 +39,26 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
     if len(tokens) < 2:
         raise UserError(f"there are {len(tokens)} tokens to score; at least 2 are needed")
     device = resolve_device(training.device)
+    objective, seq_len = create_objective(config, tokenizer), min(training.seq_len, len(tokens) - 1)
     result = validate(
         loaded.rack.to(device),
-        create_objective(config, tokenizer),
+        objective,
         tokens,
-        seq_len=min(training.seq_len, len(tokens) - 1),
+        seq_len=seq_len,
         batch_size=training.micro_batch_size or training.batch_size,
         bytes_per_token=bytes_per_token,
         draws=training.evaluation.draws,
         compute_dtype=resolve_compute_dtype(training, device),
         progress=lambda done, total: reporter.work("scoring", done, total),
     )
+    scores = result.to_dict()
+    if isinstance(objective, MaskedObjective):
+        scores |= pseudo_perplexity(loaded.rack, objective, tokens, seq_len, training.batch_size)
     entropies = ngram_entropies(tokens)
     return {
         "step": loaded.step,
         "objective": training.objective,
-        **result.to_dict(),
+        **scores,
         "unigram_bits_per_byte": bits_per_byte(entropies.unigram, bytes_per_token),
         "bigram_bits_per_byte": bits_per_byte(entropies.bigram, bytes_per_token),
     }

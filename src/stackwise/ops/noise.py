@@ -45,6 +45,14 @@ def thresholds(
     raise ValueError(f"levels are {kind!r}; allowed: linear, cosine, exponential, equal_difficulty, list")
 
 
+def divided(levels: Sequence[float], steps: int) -> tuple[float, ...]:
+    """``levels`` with every interval cut into ``steps`` equal ones."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; allowed: 1 and above")
+    inner = (high + (low - high) * i / steps for high, low in pairwise(levels) for i in range(steps))
+    return (*inner, levels[-1])
+
+
 def check_levels(levels: Sequence[float], k: int | None = None) -> tuple[float, ...]:
     """``levels``, which must fall from 1 to 0 (in ``k`` steps). ValueError."""
     shown = ", ".join(f"{level:g}" for level in levels)
