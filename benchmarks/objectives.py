@@ -1,11 +1,11 @@
 """Objectives at equal FLOPs on one text: bits per byte, training memory, what sampling costs.
 
-    python benchmarks/objectives.py TEXT [--seeds 0,1] [--flops 8e12] [--only NAME,…] [--out FILE] [--picture FILE]
+    python benchmarks/objectives.py TEXT [--seeds 0,1] [--flops 3e13] [--only NAME,…] [--out FILE] [--picture FILE]
 
 One model for all: 8 Blocks of width 128, 1.6 M parameters, characters. clm is exact, the others are bounds with their
 standard error. Depth as time has K Stacks of 8/K Blocks; "grown" trains one Stack after another, the rest frozen. Each
 run is a process of its own on one thread. Sampling: Blocks run times positions they run on, for each token of a text of
-128; clm left to right, blocks one token a step (the sampler that the bound is of), prefix one pass, the rest 32 steps.
+64; clm left to right, blocks one token a step (the sampler that the bound is of), prefix one pass, the rest 32 steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BLOCKS, WIDTH, T = 8, 128, 128
+BLOCKS, WIDTH, T = 8, 128, 64
 SAMPLER_STEPS = 32
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,8 @@ def configured(name: str, seed: int, flops: float, text: str, folder: Path) -> A
     run = RUNS[name]
     stacks, variant, grown = run.get("stacks", 1), run.get("variant"), run.get("grown", False)
     progressive: dict[str, Any] = {"training_objective": run.get("objective", "diffusion")}
-    diffusion = dict(run.get("diffusion", {}))
+    clm = run.get("objective") == "clm"
+    diffusion = dict(run.get("diffusion", {})) if clm else {"weighting": "exact_counts", **run.get("diffusion", {})}
     if variant is not None:
         progressive["time_interpretation"] = "depth"
         diffusion["depth_variant"] = variant
@@ -65,7 +66,7 @@ def configured(name: str, seed: int, flops: float, text: str, folder: Path) -> A
         "cpu_allocator": "tight",
         "progressive": progressive,
         "diffusion": diffusion,
-        "evaluation": {"max_tokens": 60_000, "draws": 1 if run.get("objective") == "clm" else 2},
+        "evaluation": {"max_tokens": 40_000, "draws": 1 if clm else 2},
         "checkpoint": {"keep_last": 1},
         "optimizer": {"lr": 2e-3, "betas": [0.9, 0.99]},
         "schedule": {"kind": "wsd", "warmup_steps": 50, "decay_fraction": 0.3, "min_lr_ratio": 0.05},
@@ -192,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--flops", type=float, default=8e12)
+    parser.add_argument("--flops", type=float, default=3e13)
     parser.add_argument("--only", help="names of runs, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file, and keep those that it has")
     parser.add_argument("--picture", type=Path, help="draw bits per byte against K (extra: report)")
