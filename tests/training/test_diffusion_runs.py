@@ -1,0 +1,265 @@
+"""Runs of masked diffusion: every way to use time trains what it says, resumes exactly, and costs what was planned."""
+
+import json
+import random
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig
+from stackwise.errors import ConfigError, UserError
+from stackwise.growth.curricula import build_phases
+from stackwise.planning.cost import RUNTIME_BYTES, Ledger
+from stackwise.planning.plan import plan_run
+from stackwise.training.loop import Loop
+from stackwise.training.progress import SilentReporter
+from stackwise.training.run import load, resume_run, train_run
+
+FROZEN = ["training.strategy=progressive", "training.progressive.trunk_strategy=frozen"]
+DEPTH = "training.progressive.time_interpretation=depth"
+KINDS = {
+    "plain": [],
+    "exact counts": ["training.diffusion.weighting=exact_counts"],
+    "blocks": ["training.diffusion.block_length=4"],
+    "input": ["training.progressive.time_interpretation=input", "training.diffusion.time_dim=6"],
+    **{name: [DEPTH, f"training.diffusion.depth_variant={name}"] for name in ("experts", "suffix", "prefix")},
+    "experts, grown": [DEPTH, *FROZEN],
+    "suffix, unequal": [
+        DEPTH, "training.diffusion.depth_variant=suffix", "training.diffusion.levels=[1.0, 0.6, 0.25, 0.0]",
+    ],
+    "suffix, grown": [
+        DEPTH, *FROZEN, "training.diffusion.depth_variant=suffix", "training.progressive.building_mode=prepend",
+        "training.progressive.new_stack_init=identity",
+    ],
+    "prefix, grown": [DEPTH, *FROZEN, "training.diffusion.depth_variant=prefix"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("diffusion")
+    words = ["".join(random.Random(i).choices("abcdefgh", k=1 + i % 5)) for i in range(40)]
+    (path / "text.txt").write_text(" ".join(random.Random(7).choices(words, k=2500)))
+    return path
+
+
+def config(folder, *overrides):
+    base = StackWiseConfig.from_dict(
+        {
+            "model": {
+                "vocab_size": 23, "d_model": 20, "n_heads": 2, "d_ff": 36,
+                "architecture": {"n_stacks": 3, "blocks_per_stack": 1},
+            },
+            "training": {
+                "strategy": "end_to_end", "batch_size": 6, "seq_len": 16, "max_steps": 6, "device": "cpu",
+                "progressive": {"training_objective": "diffusion"},
+                "schedule": {"kind": "constant", "warmup_steps": 0, "rewarmup_steps": 0},
+                "evaluation": {"max_tokens": 200}, "checkpoint": {"every_steps": 1, "keep_last": 9},
+            },
+            "data": {
+                "source": "files", "path": str(folder / "text.txt"), "cache_dir": str(folder / "store"),
+                "tokenizer": {"kind": "characters"},
+            },
+        }
+    )  # fmt: skip
+    return base.override(overrides)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_resumes_exactly_and_ends_with_a_bound(folder, tmp_path, name):
+    settings = config(folder, *KINDS[name])
+    whole = train_run(settings, tmp_path / "whole", SilentReporter())
+    assert whole["nelbo"]["nats_per_token"] == whole["validation"]["loss"] > 0
+    assert whole["validation"]["bits_per_byte"] > 0
+
+    class Killed(Exception):
+        pass
+
+    save = Loop._save
+
+    def dying(loop, *args):
+        save(loop, *args)
+        if loop.state.step == 4:
+            raise Killed
+
+    with mock.patch.object(Loop, "_save", dying), pytest.raises(Killed):
+        train_run(settings, tmp_path / "killed", SilentReporter())
+    resumed = resume_run(tmp_path / "killed", SilentReporter())
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    for key in ("validation", "nelbo", "tokens", "flops"):
+        assert resumed[key] == whole[key]
+
+
+def counted(settings, out):
+    """FLOPs and peak bytes of what the last step of each phase made, by torch's counter and by a ledger."""
+    aten, steps = torch.ops.aten, []
+
+    def forward(query, key, value, *rest, out_shape=None, **options):
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *rest, out_shape=None, **options):
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    step = Loop._step
+
+    def counting(loop, *args):
+        with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+            result = step(loop, *args)
+        steps.append((loop.state.phase, counter.get_total_flops()))
+        return result
+
+    with mock.patch.object(Loop, "_step", counting):
+        train_run(settings, out, SilentReporter())
+    return steps
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_planned_flops_are_those_of_the_steps(folder, tmp_path, name):
+    """Of stacks with intervals of equal width, 6 sequences share evenly: each step costs what the plan says."""
+    settings = config(folder, *KINDS[name])
+    planned = [cost.flops for cost in plan_run(settings, folder).costs]
+    found = counted(settings, tmp_path / "run")
+    assert {phase for phase, _ in found} == set(range(len(planned)))
+    if name == "suffix, unequal":  # shares that are no whole sequences: right on average
+        mean = sum(flops for _, flops in found) / len(found)
+        assert mean == pytest.approx(planned[0], rel=0.1)
+        return
+    for phase, flops in found:
+        assert flops == planned[phase]
+
+
+@pytest.mark.parametrize("name", ["blocks", "input", "experts", "suffix", "prefix, grown"])
+def test_the_planned_peak_is_what_a_real_step_holds(folder, tmp_path, name):
+    settings = config(folder, *KINDS[name], "model.d_model=60", "model.d_ff=100")
+    planned = plan_run(settings, folder).costs[-1]
+    peaks = []
+    step = Loop._step
+
+    def measured(loop, optimizer, parameters, check, examples):
+        example = loop._of_phase[0].example(loop.state.step)
+        ledger = Ledger()
+        for _, _, tensor in loop.rack.part_tensors():
+            ledger.ignore(tensor)
+        with ledger:
+            loop._of_phase[1].loss(loop.rack, example, 1.0 / example.n_targets).backward()
+        for parameter in parameters.values():
+            parameter.grad = None
+        peaks.append(ledger.peak)
+        return step(loop, optimizer, parameters, check, examples)
+
+    with mock.patch.object(Loop, "_step", measured):
+        train_run(settings.override(["training.max_steps=3"]), tmp_path / "run", SilentReporter())
+    held = planned.weights + planned.optimizer + max(peaks[-1:])
+    assert planned.peak - RUNTIME_BYTES == pytest.approx(held, rel=0.03)
+
+
+@pytest.mark.parametrize("variant, mode", [("experts", "append"), ("suffix", "prepend"), ("prefix", "append")])
+def test_growing_over_time_trains_each_stack_on_its_own_levels_with_what_is_shared_frozen(folder, variant, mode):
+    overrides = [DEPTH, *FROZEN, f"training.diffusion.depth_variant={variant}"]
+    settings = config(folder, *overrides, f"training.progressive.building_mode={mode}")
+    phases = build_phases(settings)
+    assert phases[0].trains == ("embedding", "stack.0", "norm", "head")
+    assert [p.trains for p in phases[1:]] == [("stack.1",), ("stack.2",)]
+    thirds = [(2 / 3, 1.0), (1 / 3, 2 / 3), (0.0, 1 / 3)]
+    for n, phase in enumerate(phases, 1):
+        there = thirds[-n:] if variant == "suffix" else thirds[:n]
+        for interval, (low, high) in zip(phase.noise, there, strict=True):
+            assert (interval.low, interval.high) == pytest.approx((low, high))
+        new = 0 if variant == "suffix" else n - 1
+        assert [interval.trains for interval in phase.noise] == [k == new for k in range(n)]
+        stops = {"experts": [k + 1 for k in range(n)], "suffix": [n] * n, "prefix": [k + 1 for k in range(n)]}
+        assert [interval.stop for interval in phase.noise] == stops[variant]
+    joint = build_phases(settings.override(["training.strategy=end_to_end"]))
+    assert all(interval.trains for interval in joint[0].noise)
+
+
+def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folder, tmp_path):
+    settings = config(folder, *KINDS["experts, grown"])
+    train_run(settings, tmp_path / "run", SilentReporter())
+    racks = [load(tmp_path / "run", step).rack for step in (2, 4, 6)]
+    for before, after in pairwise(racks):
+        old, new = (dict(rack.named_parameters()) for rack in (before, after))
+        assert len(new) > len(old)
+        for name, parameter in old.items():
+            assert torch.equal(parameter, new[name]), name
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([DEPTH, "training.batch_size=2"], r"training\.batch_size: 2 leaves a Stack without a sequence"),
+        ([DEPTH, "training.diffusion.levels=[1.0, 0.4, 0.2, 0.15]"], r"must fall from 1 to 0 in 3 steps"),
+        (
+            [DEPTH, *FROZEN, "training.diffusion.depth_variant=suffix"],
+            r"'append', but depth_variant suffix grows by pre",
+        ),
+        (["training.diffusion.block_length=5"], r"5 does not divide seq_len \(16\)"),
+        (
+            ["training.diffusion.depth_variant=prefix"],
+            r"'prefix' is read when training.progressive.time_interpretation",
+        ),
+        ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be given"),
+        (["training.progressive.training_objective=mlm", DEPTH], r"'depth' is read by diffusion"),
+        (["model.attention_preset=gpt_style"], r"causal and diffusion reads both sides"),
+        (["training.diffusion.weighting=exact"], r"weighting: 'exact' is not allowed.*exact_counts"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_their_key(folder, overrides, message):
+    with pytest.raises((ConfigError, UserError), match=message):
+        build_phases(config(folder, *overrides))
+
+
+def test_equal_difficulty_takes_the_curve_that_eval_prints(folder, tmp_path, capsys):
+    train_run(config(folder), tmp_path / "run", SilentReporter())
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    curve = json.loads(capsys.readouterr().out)["curve"]
+    pairs = [[rate, nats] for rate, nats, _ in curve]
+    settings = config(
+        folder, DEPTH, "training.diffusion.levels=equal_difficulty", f"training.diffusion.difficulty={pairs}"
+    )
+    (phase,) = build_phases(settings)
+    assert len(phase.noise) == 3 and phase.noise[-1].low == 0.0
+
+
+@pytest.mark.parametrize("name", ["plain", "blocks", "experts", "suffix", "prefix", "input"])
+def test_generate_fills_a_template_and_goes_on_from_a_prompt(folder, tmp_path, capsys, name):
+    out = str(tmp_path / "run")
+    train_run(config(folder, *KINDS[name]), out, SilentReporter())
+    texts = []
+    for seed in ("3", "3", "4"):
+        assert main(["generate", out, "--template", "abc {5} de{2}", "--seed", seed, "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] and len(texts[0]) == 14
+    assert all(text.startswith("abc ") and text[9:12] == " de" for text in texts)
+    assert main(["generate", out, "--prompt", "ab", "--prompt", "abcd", "--tokens", "9", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["text"].startswith("ab") and len(first["text"]) == 11 and len(second["text"]) == 13
+    assert main(["generate", out, "--prompt", "ab", "--tokens", "40", "--show"]) == 0
+    printed = capsys.readouterr()
+    assert "░" in printed.err and "░" not in printed.out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--top-k", "3"], "--top-k is read by runs of clm"),
+        (["--order", "confidance"], "near: confidence"),
+        (["--template", "abc"], "has no gap; write {20}"),
+        (["--template", "{3}", "--prompt", "a"], "are both given"),
+    ],
+)
+def test_generate_says_what_does_not_fit(folder, tmp_path_factory, capsys, options, message):
+    out = folder / "refused"
+    if not out.exists():
+        train_run(config(folder), out, SilentReporter())
+    assert main(["generate", str(out), *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
