@@ -179,3 +179,29 @@ def test_configs_in_todays_keys_neither_change_nor_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StackWiseConfig.from_dict(data)
+
+
+def test_old_rates_of_masking_become_those_of_the_section_masking() -> None:
+    old = {"training": {"mask_fraction_min": 0.1, "progressive": {"mask_fraction_max": 0.4}}}
+    data, notes = migrate(old)
+    assert data["training"]["masking"] == {"rate": 0.1, "max_rate": 0.4}
+    assert notes == [
+        "training.mask_fraction_min is deprecated; write training.masking: {rate: 0.1}",
+        "training.progressive.mask_fraction_max is deprecated; write training.masking: {max_rate: 0.4}",
+    ]
+    with pytest.raises(ConfigError, match=r"mask_fraction_min: 0.1 contradicts training.masking.rate"):
+        migrate({"training": {"mask_fraction_min": 0.1, "masking": {"rate": 0.2}}})
+
+
+@pytest.mark.parametrize(
+    "key, instead",
+    [
+        ("time_step_masking", "time_interpretation: depth"),
+        ("num_time_steps", "model.architecture.n_stacks"),
+        ("time_step_mask_fractions", "training.diffusion.levels"),
+    ],
+)
+def test_old_keys_of_time_are_refused_with_what_to_write(key: str, instead: str) -> None:
+    for training in ({key: 1}, {"progressive": {key: 1}}):
+        with pytest.raises(ConfigError, match=f"{key}: this key is gone; write .*{instead}"):
+            migrate({"training": training})

@@ -10,6 +10,7 @@ from stackwise.config.schema import MaskingConfig
 from stackwise.data.batches import Batch, Batches
 from stackwise.data.tokenizers import ByteTokenizer
 from stackwise.errors import UserError
+from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.model.architecture import create_simple_rack
 from stackwise.objectives import CausalObjective, MaskedObjective, create_objective
 from stackwise.ops.losses import IGNORE
@@ -124,3 +125,78 @@ def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
     tokenizer.mask_id = None
     with pytest.raises(UserError, match="no mask token"):
         create_objective(config, tokenizer)
+
+
+def trained_on_noise(objective):
+    """A Rack after 120 steps of ``objective`` on uniformly random tokens, new ones in every step."""
+    torch.manual_seed(0)
+    rack = create_simple_rack(2, 1, 24, 40, 3, V, attention_mode="bidirectional")
+    optimizer = torch.optim.AdamW(rack.parameters(), lr=3e-3)
+    for step in range(120):
+        example = objective.corrupt(fresh(step, 24))
+        optimizer.zero_grad()
+        objective.loss(rack, example, 1.0 / example.n_targets).backward()
+        optimizer.step()
+    return rack
+
+
+def fresh(step, B):
+    tokens = np.random.default_rng(100 + step).integers(3, V, (B, 14))
+    return Batch(tokens, np.arange(B) + step * B, np.zeros(B, dtype=np.int64))
+
+
+class Seeing(MaskedObjective):
+    """The fault to be found: the inputs are the targets."""
+
+    def corrupt(self, batch):
+        example = super().corrupt(batch)
+        return type(example)(torch.from_numpy(batch.tokens[:, :-1]), example.targets)
+
+    def judged(self, example):
+        return example.targets != IGNORE
+
+
+def test_on_random_tokens_accuracy_stays_at_chance_and_a_model_that_sees_its_targets_is_found_out():
+    chance, wanted = 1 / (V - len(SPECIALS)), {}
+    for kind in (MaskedObjective, Seeing):
+        seen = kind(MaskingConfig(rate=0.3), seed=0, mask_id=MASK, special_ids=SPECIALS, vocab_size=V)
+        rack = trained_on_noise(seen)
+        score = seen.score(rack, fresh(999, 1500))
+        wanted[kind] = abs(score.right / score.predicted - chance) < 4 * (chance / score.predicted) ** 0.5
+        assert score.predicted > 4000
+    assert wanted == {MaskedObjective: True, Seeing: False}
+
+
+def test_accuracy_is_of_what_was_masked():
+    rack, seen = create_simple_rack(1, 1, 26, 19, 13, V, attention_mode="bidirectional"), objective(rate=0.4)
+    example = seen.corrupt(batch(B=30))
+    score = seen.score(rack, batch(B=30))
+    masked = (example.inputs == MASK) & (example.targets != IGNORE)
+    right = rack(example.inputs).argmax(-1) == example.targets
+    assert (score.predicted, score.right) == (int(masked.sum()), int((right & masked).sum()))
+    assert score.tokens.sum() == int((example.targets != IGNORE).sum()) > score.predicted
+
+
+def test_each_sequence_has_a_rate_of_its_own_where_a_range_is_given():
+    example = objective(rate=0.2, max_rate=0.8).corrupt(batch(B=300))
+    shares_of_rows = (example.targets != IGNORE).float().mean(dim=1)
+    assert float(shares_of_rows.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(shares_of_rows.std()) == pytest.approx(0.6 / 12**0.5, abs=0.03)
+
+
+def test_pseudo_perplexity_masks_one_token_at_a_time():
+    rack, T = create_simple_rack(1, 1, 26, 19, 13, V, attention_mode="bidirectional"), 7
+    tokens = np.random.default_rng(3).integers(2, V, 2 * T + 1)
+    tokens[3] = 0
+    total, count = 0.0, 0
+    for start in (0, T):
+        row = torch.from_numpy(tokens[start : start + T])
+        for i in range(T):
+            if int(row[i]) not in SPECIALS:
+                inputs = row.clone()
+                inputs[i] = MASK
+                total += float(F.cross_entropy(rack(inputs[None])[0, i], row[i]))
+                count += 1
+    found = pseudo_perplexity(rack, objective(), tokens, T, batch_size=3)
+    assert found["pseudo_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["pseudo_perplexity_tokens"] == count < 2 * T

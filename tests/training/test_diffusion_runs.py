@@ -199,12 +199,12 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
         ([DEPTH, "training.diffusion.levels=[1.0, 0.4, 0.2, 0.15]"], r"must fall from 1 to 0 in 3 steps"),
         (
             [DEPTH, *FROZEN, "training.diffusion.depth_variant=suffix"],
-            r"'append', but depth_variant suffix grows by pre",
+            r"depth_variant suffix grows by prepend",
         ),
         (["training.diffusion.block_length=5"], r"5 does not divide seq_len \(16\)"),
         (
             ["training.diffusion.depth_variant=prefix"],
-            r"'prefix' is read when training.progressive.time_interpretation",
+            r"'prefix' is read when training.progressive.time_int",
         ),
         ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be given"),
         (["training.progressive.training_objective=mlm", DEPTH], r"'depth' is read by diffusion"),
@@ -263,3 +263,27 @@ def test_generate_says_what_does_not_fit(folder, tmp_path_factory, capsys, optio
     assert main(["generate", str(out), *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_model_of_both_directions_goes_on_left_to_right_by_one_setting(folder, tmp_path, capsys):
+    train_run(config(folder), tmp_path / "pretrained", SilentReporter())
+    file = tmp_path / "finetune.yaml"
+    file.write_text(
+        "training: {strategy: end_to_end, max_steps: 3, batch_size: 4, seq_len: 16, device: cpu}\n"
+        f"data: {{source: files, path: {folder / 'text.txt'}, cache_dir: {folder / 'store'}}}\n"
+    )
+    out, clm = str(tmp_path / "finetuned"), "training.progressive.training_objective=clm"
+    assert main(["train", str(file), clm, "--from", str(tmp_path / "pretrained"), "--out", out]) == 0
+    before, after = load(tmp_path / "pretrained").rack, load(out).rack
+    assert {block.attention.attention_mode for block in before.blocks()} == {"bidirectional"}
+    assert {block.attention.attention_mode for block in after.blocks()} == {"causal"}
+    capsys.readouterr()
+    assert main(["generate", out, "--prompt", "ab", "--tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize("name", ["input", "experts", "blocks"])
+def test_what_transformers_cannot_run_is_not_exported(folder, tmp_path, capsys, name):
+    train_run(config(folder, *KINDS[name], "training.max_steps=1"), tmp_path / "run", SilentReporter())
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert "runs all its layers in one way" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

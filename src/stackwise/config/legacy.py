@@ -11,6 +11,16 @@ from stackwise.errors import ConfigError
 
 OLD_KEYS = ("model.n_blocks", "model.architecture.n_blocks")
 
+_GONE = {
+    "time_step_masking": "training.progressive: {training_objective: diffusion, time_interpretation: depth}",
+    "num_time_steps": "model.architecture.n_stacks, one Stack for each interval of noise levels",
+    "time_step_mask_fractions": "training.diffusion.levels, a list of rates from 1 down to 0",
+}
+"""Old keys of ``training`` (or its section ``progressive``) whose meaning has moved: what to write."""
+
+_RENAMED = {"mask_fraction_min": "rate", "mask_fraction_max": "max_rate"}
+"""Old keys of the same place that are now keys of ``training.masking``."""
+
 
 def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """``data`` in today's keys, and one sentence for each old key that was replaced.
@@ -18,7 +28,7 @@ def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ``n_blocks`` (under ``model`` or ``model.architecture``) counted the Blocks of the whole Rack.
     """
     data = copy.deepcopy(data)
-    notes: list[str] = []
+    notes = _old_masking(data)
     model = data.get("model")
     if not isinstance(model, dict):
         return data, notes
@@ -54,6 +64,29 @@ def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f"{{n_stacks: {n_stacks}, blocks_per_stack: {per_stack}}}"
         )
     return data, notes
+
+
+def _old_masking(data: dict[str, Any]) -> list[str]:
+    """Moves the old rates of masking in ``data``; refuses old keys that nothing can stand for, with the new ones."""
+    training, notes = data.get("training"), list[str]()
+    if not isinstance(training, dict):
+        return notes
+    for where, section in (("training", training), ("training.progressive", training.get("progressive"))):
+        if not isinstance(section, dict):
+            continue
+        for key, instead in _GONE.items():
+            if key in section:
+                raise ConfigError(f"{where}.{key}: this key is gone; write {instead}")
+        for key, name in _RENAMED.items():
+            if key not in section:
+                continue
+            masking = training.setdefault("masking", {})
+            value = section.pop(key)
+            if not isinstance(masking, dict) or masking.get(name, value) != value:
+                raise ConfigError(f"{where}.{key}: {value!r} contradicts training.masking.{name}; keep that one")
+            masking[name] = value
+            notes.append(f"{where}.{key} is deprecated; write training.masking: {{{name}: {value}}}")
+    return notes
 
 
 class OldKeyWarning(DeprecationWarning):

@@ -40,10 +40,20 @@ def export_run(
     Returns: {"architecture", "remote_code", "auto_class", "parameters"}.
 
     Raises:
-        UserError: ``out`` exists and is not empty, or ``max_tokens`` is not the number of learned positions.
+        UserError: ``out`` exists and is not empty, ``max_tokens`` is not the number of learned positions, or how the
+            model runs depends on noise levels or blocks.
     """
     out = _new_folder(out)
     loaded = load(run, step)
+    training = loaded.config.training
+    for key, value in (
+        ("training.progressive.time_interpretation", training.progressive.time_interpretation),
+        ("training.diffusion.block_length", training.diffusion.block_length),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{run}: {key} is {value}, and a model of transformers runs all its layers in one way alone"
+            )
     rows = loaded.rack.spec.learned_positions
     if max_tokens is not None and rows is not None and max_tokens != rows:
         raise UserError(f"--max-tokens: {max_tokens}, but the model has learned {rows} positions; leave it out")

@@ -187,7 +187,11 @@ class CrossEntropyObjective(ABC):
         example = self.evaluated(batch)
         on_device = example.to(rack.device)
         terms, right = self.terms(rack, self.hidden(rack, on_device), on_device.targets)
-        return scored(example, terms, right)
+        return scored(example, terms, right, self.judged(example))
+
+    def judged(self, example: Example) -> Tensor:
+        """(B, T): the positions whose likeliest token is compared with the target."""
+        return example.targets != IGNORE
 
     def terms(self, rack: Rack, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each position (B, T), and whether its target is the likeliest token."""
@@ -197,10 +201,10 @@ class CrossEntropyObjective(ABC):
         return terms.view_as(targets), right.view_as(targets)
 
 
-def scored(example: Example, terms: Tensor, right: Tensor) -> Score:
+def scored(example: Example, terms: Tensor, right: Tensor, judged: Tensor) -> Score:
     """The score of an example's rows, weighted as the example says, from the terms (B, T) of its positions."""
     there = (example.targets != IGNORE).numpy()
     nats = terms.double().cpu().numpy()
     weights = np.ones_like(nats) if example.weights is None else example.weights.double().numpy()
     tokens = there.sum(axis=1) if example.counted is None else example.counted.numpy()
-    return Score((nats * weights).sum(axis=1), tokens, int(right.sum()), int(there.sum()))
+    return Score((nats * weights).sum(axis=1), tokens, int((right.cpu() & judged).sum()), int(judged.sum()))

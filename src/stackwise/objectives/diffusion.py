@@ -245,7 +245,7 @@ class DiffusionObjective(CrossEntropyObjective):
             terms, right = objective._stage_terms(rack, on_device)
         else:
             terms, right = objective.terms(rack, objective.hidden(rack, on_device), on_device.targets)
-        score = scored(example, terms, right)
+        score = scored(example, terms, right, objective.judged(example))
         there = (example.targets != IGNORE).numpy()
         masked = there.sum(axis=1)
         if self.variant == "prefix":

@@ -3,12 +3,14 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stackwise.config.schema import MaskingConfig
 from stackwise.data.batches import Batch
 from stackwise.data.hashing import uniform
 from stackwise.data.masking import bert_mask
 from stackwise.objectives.base import CrossEntropyObjective, Example
+from stackwise.ops.losses import IGNORE
 
 ROW_RATE = 10
 """Stream of the rates of sequences, beside those of ``data.masking``."""
@@ -64,3 +66,7 @@ class MaskedObjective(CrossEntropyObjective):
             vocab_size=self.vocab_size,
         )
         return Example(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    def judged(self, example: Example) -> Tensor:
+        """The masked ones: of those that stayed as they were, the target is in sight."""
+        return (example.targets != IGNORE) & (example.inputs == self.mask_id)

@@ -26,7 +26,7 @@ class Validation:
 
     Attributes:
         tokens: that the mean is over.
-        accuracy: share of the predicted tokens that were the likeliest.
+        accuracy: share of the predicted tokens that were the likeliest; of masked models, of those that were masked.
         nelbo: where the loss is a bound on −log p of the whole text: nats_per_token, its standard_error over sequences
             and draws, and how many draws of masks each sequence had.
         curve: (share of tokens masked, mean nats of a masked one) in equal parts of the noise levels, and each one's

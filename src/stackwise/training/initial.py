@@ -65,6 +65,12 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
             raise UserError(
                 f"model.tokenizer_embedding.{key}: {here!r}, but the run that model.initial names has {there!r}"
             )
+    if base.time_fields != config.time_fields:
+        there, here = base.training.progressive.time_interpretation, config.training.progressive.time_interpretation
+        raise UserError(
+            f"training.progressive.time_interpretation: {here!r}, but the run that model.initial names has {there!r}, "
+            "or another training.diffusion.time_embedding or time_dim"
+        )
     store = CheckpointStore(run.checkpoints)
     if not store.has_any():
         raise UserError(f"model.initial: {config.model.initial!r} has no checkpoint yet")
