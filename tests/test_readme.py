@@ -35,7 +35,7 @@ def test_the_python_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) 
 def test_the_commands_for_ones_own_text_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = [b for b in blocks("") if "stackwise init" in b]
+    (block,) = [b for b in blocks("") if "--preset characters" in b]
     commands = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
     assert [c[:2] for c in commands] == [["stackwise", v] for v in ("init", "plan", "train", "eval", "generate")]
     monkeypatch.chdir(tmp_path)
@@ -47,6 +47,23 @@ def test_the_commands_for_ones_own_text_run_as_printed(
         assert main([*command[1:], *smaller]) == 0
     out = capsys.readouterr().out
     assert "bits_per_byte" in out and "It was" in out
+
+
+def test_the_commands_of_masked_diffusion_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [b for b in blocks("") if "--preset diffusion" in b]
+    commands = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+    assert [c[1] for c in commands] == ["init", "train", "eval", "generate", "generate", "train"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
+    Path("mybook.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 60)
+    assert main(["init", "config.yaml", "--preset", "characters"]) == 0
+    for command in commands:
+        smaller = ["training.max_steps=4", "training.device=cpu"] if command[1] == "train" else []
+        assert main([*command[1:], *smaller]) == 0
+    printed = capsys.readouterr()
+    assert "standard_error" in printed.out and "It was a " in printed.out and "░" in printed.err
 
 
 def test_the_commands_from_and_to_hugging_face_run_as_printed(

@@ -61,7 +61,7 @@ def generate(
     show: Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write text: left to right after a prompt (clm), or in any order, gaps too (diffusion)."""
+    """Write text: after a prompt, or into gaps (diffusion)."""
     from stackwise.cli.results import print_json
     from stackwise.errors import UserError
     from stackwise.generation.sampling import row_seeds

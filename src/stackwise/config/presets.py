@@ -36,6 +36,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": {"attention_preset": "bert_style"},
         "training": {"progressive": {"training_objective": "mlm"}},
     },
+    "diffusion": {
+        "training": {
+            "strategy": "end_to_end",
+            "batch_size": 32,
+            "seq_len": 64,
+            "max_steps": 5000,
+            "optimizer": {"lr": 2e-3, "betas": [0.9, 0.99]},
+            "progressive": {"training_objective": "diffusion"},
+            "diffusion": {"weighting": "exact_counts"},
+        },
+        "data": {"source": "files", "path": "input.txt", "tokenizer": {"kind": "characters"}},
+    },
     "gpu": {
         "model": {"d_model": 768, "n_heads": 12, "architecture": {"n_stacks": 4, "blocks_per_stack": 3}},
         "training": {
@@ -57,6 +69,7 @@ ABOUT = {
     "tiny": "the smallest run worth looking at, under a minute: to try a change",
     "characters": "your own text (data.path), character by character, in minutes on a CPU",
     "bert": "masked words read from both sides, for embeddings and classification",
+    "diffusion": "masked diffusion on your own text (data.path), character by character: fills gaps, in any order",
     "gpu": "12 layers of width 768 on your own text (data.path), for one GPU with bfloat16",
 }
 """One sentence on each preset."""
