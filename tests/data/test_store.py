@@ -240,19 +240,26 @@ def test_special_names_in_the_text_stay_text(tmp_path) -> None:
         assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.validation) == text
 
 
-def test_a_tokenizer_without_a_mask_is_refused_before_any_work(tmp_path) -> None:
+def test_a_tokenizer_without_a_mask_is_given_one_where_it_is_needed(tmp_path) -> None:
     from tokenizers import Tokenizer, models
 
-    library = Tokenizer(models.BPE())
+    library = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, " ": 3}, []))
     library.add_special_tokens(["</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
-    settings = config(tmp_path / "absent.txt")
+    (tmp_path / "a.txt").write_text("abc cab bca " * 300)
+    settings = config(tmp_path / "a.txt")
     tokenizer = {"kind": "pretrained", "path": str(tmp_path / "tokenizer.json")}
     settings = DataConfig.model_validate(settings.model_dump() | {"tokenizer": tokenizer})
-    with pytest.raises(UserError, match=r"^data\.tokenizer\.path: .* has no mask token"):
-        prepare(settings, need_mask=True)
-    with pytest.raises(UserError, match="no such file"):
-        prepare(settings)
+    plain, masked = prepare(settings), prepare(settings, need_mask=True)
+    assert plain.tokenizer.mask_id is None and not plain.mask_added
+    assert masked.tokenizer.mask_id == plain.tokenizer.vocab_size == masked.tokenizer.vocab_size - 1
+    assert masked.mask_added and masked.tokenizer.mask_id in masked.tokenizer.special_ids
+    assert np.array_equal(plain.train, masked.train) and len(masked.train)
+    masked.tokenizer.save(tmp_path / "saved")
+    again = DataConfig.model_validate(
+        settings.model_dump() | {"tokenizer": {**tokenizer, "path": str(tmp_path / "saved")}}
+    )
+    assert prepare(again, need_mask=True).key == masked.key and not prepare(again, need_mask=True).mask_added
 
 
 def test_progress_is_told_in_bytes_and_ends_at_the_whole(tmp_path, monkeypatch) -> None:

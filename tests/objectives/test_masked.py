@@ -195,7 +195,7 @@ def test_pseudo_perplexity_masks_one_token_at_a_time():
             if int(row[i]) not in SPECIALS:
                 inputs = row.clone()
                 inputs[i] = MASK
-                total += float(F.cross_entropy(rack(inputs[None])[0, i], row[i]))
+                total += F.cross_entropy(rack(inputs[None])[0, i], row[i]).item()
                 count += 1
     found = pseudo_perplexity(rack, objective(), tokens, T, batch_size=3)
     assert found["pseudo_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from stackwise.config.schema import OptimizerConfig
-from stackwise.growth.phases import Growth, Phase, Schedule
+from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.optim.create import create_optimizer
@@ -11,6 +13,7 @@ from stackwise.training.optimizers import (
     flatten,
     moments_for_phase,
     moments_of,
+    moments_to_keep,
     set_moments,
     trained_parameters,
     unflatten,
@@ -123,6 +126,22 @@ def test_copy_gives_a_copied_stack_its_sources_moments_in_storage_of_their_own(s
     for key, value in moments["stack.1/w"].items():
         assert torch.equal(kept["stack.2/w"][key], value)
         assert kept["stack.2/w"][key].data_ptr() != value.data_ptr()
+
+
+def test_at_a_phases_end_only_what_the_next_one_can_use_is_kept():
+    names = ["stack.1/blocks.1.w", "stack.1/blocks.10.w", "stack.10/w", "norm/weight", "head/weight", "adapters.3/a"]
+    moments = {name: state(i) for i, name in enumerate(names)}
+
+    def kept(*trains, **fields):
+        following = replace(phase(fields.pop("state", "keep"), fields.pop("growth", ())), trains=trains, **fields)
+        return set(moments_to_keep(moments, [following]))
+
+    assert kept("stack.1", "norm") == {"stack.1/blocks.1.w", "stack.1/blocks.10.w", "norm/weight"}
+    assert kept("stack.1/blocks.1", "head") == {"stack.1/blocks.1.w", "head/weight"}
+    assert kept("head", adapters=(Adapter(3, "stack", 2, 1.0),)) == {"head/weight", "adapters.3/a"}
+    assert kept("stack.2", growth=(Growth(2, "copy", 10),), state="copy") == {"stack.10/w"}
+    assert kept("stack.2", growth=(Growth(2, "copy", 10),)) == set()
+    assert kept("norm", state="reset") == set() == set(moments_to_keep(moments, []))
 
 
 def test_flattening_moments_can_be_undone():

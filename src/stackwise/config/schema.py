@@ -840,6 +840,11 @@ class TrainingConfig(Section):
         return self.progressive.training_objective
 
     @property
+    def needs_mask(self) -> bool:
+        """Whether the tokenizer must have a mask token."""
+        return self.objective in ("mlm", "diffusion")
+
+    @property
     def depth_variant(self) -> Literal["experts", "suffix", "prefix"] | None:
         """How Stacks share the noise levels; ``None``: depth is no time."""
         return self.diffusion.depth_variant if self.progressive.time_interpretation == "depth" else None

@@ -21,7 +21,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -33,6 +33,7 @@ from stackwise.data.corpora import Corpus, Progress, open_corpus, open_files
 from stackwise.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
+    LibraryTokenizer,
     Tokenizer,
     load_tokenizer,
     open_pretrained,
@@ -66,7 +67,7 @@ class PreparedData:
 
     ``train``, ``validation``: memory-mapped ids (tokens,), uint16 where the vocabulary allows it, else uint32.
     ``train_bytes``, ``validation_bytes``: bytes of UTF-8 behind each; end tokens have none. ``split``: how the two were
-    parted. ``key``: a hash of everything that determines the arrays.
+    parted. ``key``: a hash of everything that determines the arrays. ``mask_added``: the tokenizer had no mask token.
     """
 
     tokenizer: Tokenizer
@@ -78,6 +79,7 @@ class PreparedData:
     n_documents: int
     split: Literal["documents", "tail"]
     folder: Path
+    mask_added: bool = False
 
     @property
     def bytes_per_token(self) -> float:
@@ -95,7 +97,7 @@ def prepare(
     """The tokens of the corpus that ``config`` names, from the store; built there first when it has not got them.
 
     Args:
-        need_mask: refuse a tokenizer without a mask token, before any work.
+        need_mask: give a tokenizer without a mask token one.
         progress: called often with (what is done, bytes done, bytes in all or ``None``).
         cache_dir: instead of ``config.cache_dir``.
 
@@ -105,11 +107,10 @@ def prepare(
     report = _sparse(progress)
     root = cache_root(cache_dir if cache_dir is not None else config.cache_dir)
     tokenizer = _ready_tokenizer(config)
-    if need_mask and tokenizer is not None and tokenizer.mask_id is None:
-        raise UserError(
-            f"data.tokenizer.path: {config.tokenizer.path!r} has no mask token, which mlm needs; "
-            "use one that has, or kind: bytes, characters or bpe"
-        )
+    lacking = need_mask and isinstance(tokenizer, LibraryTokenizer) and tokenizer.mask_id is None
+    if lacking:
+        assert isinstance(tokenizer, LibraryTokenizer)
+        tokenizer = tokenizer.with_mask()
     corpus = open_corpus(config, root)
     content = corpus.fingerprint(report)
     # Two passes at most: what is built by the first is there for the second.
@@ -124,7 +125,7 @@ def prepare(
             key = _key(content, _split_settings(config), tokenizer.fingerprint)
             folder = root / "tokens" / key
             if folder.is_dir():
-                return _open(folder, key, tokenizer)
+                return replace(_open(folder, key, tokenizer), mask_added=lacking)
         try:
             with scratch_folder(root / "tokens") as scratch:
                 _build(config, corpus, content, tokenizer, tokenizer_folder, root, scratch, report)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stackwise.errors import RunError, UserError
 
@@ -181,7 +181,7 @@ class LibraryTokenizer(Tokenizer):
     def __init__(
         self, library: Library, kind: Literal["bpe", "pretrained"], *, end: str, pad: str | None, mask: str | None
     ) -> None:
-        self.kind = kind
+        self.kind: Literal["bpe", "pretrained"] = kind
         library.no_truncation()
         library.no_padding()
         roles = [token for token in (end, pad, mask) if token is not None]
@@ -225,6 +225,17 @@ class LibraryTokenizer(Tokenizer):
         if raw.startswith("\u2581") or isinstance(self._library.model, models.WordPiece):
             return " " + raw.lstrip("\u2581")
         return self.decode([token])
+
+    def with_mask(self) -> LibraryTokenizer:
+        """The same tokenizer with a mask token, whose id follows those that there are; itself where it has one."""
+        if self.mask_id is not None:
+            return self
+        library = self.library()
+        name = next(name for name in _MASK_NAMES if library.token_to_id(name) is None)
+        library.add_special_tokens([AddedToken(name, special=True)])
+        end = self._roles["end"]
+        assert end is not None
+        return LibraryTokenizer(library, self.kind, end=end, pad=self._roles["pad"], mask=name)
 
     def library(self) -> Library:
         """A copy of the library's tokenizer."""

@@ -32,7 +32,7 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
         tokens, n_bytes = encode_files([str(p) for p in data], tokenizer, config.data.text_field)
         bytes_per_token = n_bytes / len(tokens)
     else:
-        prepared = prepare(own_data(RunDir.open(path), config), progress=reporter.work)
+        prepared = prepare(own_data(RunDir.open(path), config), need_mask=training.needs_mask, progress=reporter.work)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: the text behind data.path has changed since the run; give the text with --data")
         tokens, bytes_per_token = prepared.validation, prepared.bytes_per_token

@@ -19,6 +19,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.errors import RunError, UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
+from stackwise.training.initial import initial_stacks
 from stackwise.training.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def draw_run(run: str | Path, out: str | Path) -> None:
 def _phases(config: StackWiseConfig, summary: dict[str, Any], path: Path) -> list[Phase]:
     """The run's phases, rebuilt; a budget in FLOPs is divided by what a step took."""
     cost = {record["name"]: record["flops"] / record["steps"] for record in summary["phases"]}
-    phases = build_phases(config, lambda phase: cost[phase.name])
+    phases = build_phases(config, lambda phase: cost[phase.name], initial_stacks(config))
     if [phase.name for phase in phases] != [record["name"] for record in summary["phases"]]:
         raise RunError(f"{path}: config.yaml and summary.json are not of the same run: their phases differ")
     return phases

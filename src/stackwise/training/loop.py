@@ -42,6 +42,7 @@ from stackwise.training.optimizers import (
     flatten,
     moments_for_phase,
     moments_of,
+    moments_to_keep,
     set_moments,
     trained_parameters,
     unflatten,
@@ -280,8 +281,9 @@ class Loop:
             log_time += time.perf_counter() - pause
             if stop and not (last and state.phase == len(self.phases) - 1):
                 raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; its checkpoint is saved")
-        self._moments = moments_of(optimizer, parameters)
         following = self.phases[state.phase + 1 :]
+        self._moments = moments_to_keep(moments_of(optimizer, parameters), following)
+        self._inside = None
         if phase.cached and not any(later.cached for later in following):
             assert self.cache is not None
             stack.close()

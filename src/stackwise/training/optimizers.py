@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,19 @@ def moments_for_phase(phase: Phase, moments: Moments, names: Iterable[str]) -> M
             if source in moments:
                 kept[name] = {key: value.clone() for key, value in moments[source].items()}
     return kept
+
+
+def moments_to_keep(moments: Moments, following: Sequence[Phase]) -> Moments:
+    """What of ``moments`` the next phase can use, at a phase's end; nothing after the last."""
+    if not following or following[0].optimizer_state == "reset":
+        return {}
+    phase = following[0]
+    wanted = [*phase.trains, *(f"adapters.{adapter.stack}" for adapter in phase.adapters if adapter.trains)]
+    if phase.optimizer_state == "copy":
+        wanted += [f"stack.{new.source}" for new in phase.growth if new.source is not None]
+    # A part's name ends at "/", that of a Block within it at ".".
+    begins = tuple(f"{name}{'.' if '/' in name else '/'}" for name in wanted)
+    return {name: state for name, state in moments.items() if name.startswith(begins)}
 
 
 def flatten(moments: Moments) -> dict[str, Tensor]:

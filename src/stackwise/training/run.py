@@ -29,7 +29,7 @@ from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.training.checkpoints import CheckpointStore
-from stackwise.training.initial import initial_checkpoint, rack_of_checkpoint
+from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
@@ -143,7 +143,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
     if checkpoint is None:
         run.truncate_metrics(0)
-    data = prepare(own_data(run, config), progress=reporter.work)
+    data = prepare(own_data(run, config), need_mask=training.needs_mask, progress=reporter.work)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
         f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
@@ -151,6 +151,11 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     )
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
+        if data.mask_added:
+            reporter.note(
+                f"the tokenizer had no mask token, which {training.objective} needs: one is added, with the id "
+                f"{data.tokenizer.mask_id}, and a row to the embedding"
+            )
     objective = create_objective(config, data.tokenizer)
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
@@ -161,7 +166,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     memory = PeakMemory(planned.device)
     if checkpoint is None:
         if initial is not None:
-            rack = plain_rack(rack_of_checkpoint(initial, config, planned.vocab_size))
+            rack = plain_rack(initial_rack(initial, config, planned.vocab_size))
         else:
             rack = create_rack_from_config(config, n_stacks=0, vocab_size=planned.vocab_size)
             if not planned.phases[0].growth:
