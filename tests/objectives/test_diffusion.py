@@ -274,7 +274,7 @@ def test_a_rack_that_still_grows_has_no_bound():
     options = {"seq_len": L, "batch_size": 5, "bytes_per_token": 1.0}
     found = validate(rack, objective, tokens, **options)
     assert found.nelbo is None and found.bits_per_byte is None
-    noise = intervals_of("suffix", LEVELS, 2)
+    noise = intervals_of("suffix", LEVELS, (1, 0))
     assert [(i.low, i.high, i.start, i.stop) for i in noise] == [(0.2, 0.45, 0, 2), (0.0, 0.2, 1, 2)]
     settings = config(n_stacks=3, time="depth", depth_variant="suffix", levels=list(LEVELS))
     found = validate(rack_of(settings), objective, tokens, draws=3, **options)

@@ -287,3 +287,41 @@ def test_what_transformers_cannot_run_is_not_exported(folder, tmp_path, capsys, 
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "runs all its layers in one way" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_trained_apart_are_joined_and_bound_the_whole(folder, tmp_path, capsys):
+    def train(expert, *more):
+        settings = config(folder, DEPTH, *FROZEN, f"training.diffusion.expert={expert}", "training.max_steps=3", *more)
+        train_run(settings, tmp_path / f"expert {expert}", SilentReporter())
+        return load(tmp_path / f"expert {expert}").rack
+
+    shared = f"model.initial={tmp_path / 'expert 0'}"
+    racks = {0: train(0), 2: train(2, shared), 1: train(1, shared)}
+    assert [stack.stack_id for stack in racks[2].stacks] == [0, 2]
+    runs = [str(tmp_path / f"expert {k}") for k in (0, 2, 1)]
+    assert main(["join", *runs[:2], "--out", str(tmp_path / "short")]) == 2
+    assert "there is no run of expert 1" in capsys.readouterr().err and not (tmp_path / "short").exists()
+    assert main(["join", *runs, "--out", str(tmp_path / "joined")]) == 0
+    joined = load(tmp_path / "joined").rack
+    for k, rack in racks.items():
+        theirs = rack.tensors_by_part()[f"stack.{k}"]
+        for name, tensor in joined.tensors_by_part()[f"stack.{k}"].items():
+            assert torch.equal(tensor, theirs[name])
+    for part in ("embedding", "norm", "head"):
+        for name, tensor in joined.tensors_by_part()[part].items():
+            assert all(torch.equal(tensor, rack.tensors_by_part()[part][name]) for rack in racks.values())
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "joined"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nelbo"]["nats_per_token"] > 0
+    assert main(["eval", runs[1], "--json"]) == 0
+    assert "nelbo" not in json.loads(capsys.readouterr().out)  # two of three intervals bound nothing
+    assert main(["generate", str(tmp_path / "joined"), "--template", "a{4}b"]) == 0
+
+
+def test_an_experts_phase_is_about_its_own_levels_alone(folder):
+    (phase,) = build_phases(
+        config(folder, DEPTH, *FROZEN, "training.diffusion.expert=2", "model.initial=somewhere"), present=(0,)
+    )
+    assert phase.stacks == (0, 2) and phase.trains == ("stack.2",) and phase.steps == 6
+    assert [(i.start, i.stop, i.trains) for i in phase.noise] == [(0, 1, False), (1, 2, True)]
+    assert phase.noise[1].high == pytest.approx(1 / 3) and phase.growth[0].source == 0

@@ -27,7 +27,21 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from stackwise import __version__
-from stackwise.cli import compare, demo, doctor, eval, export, generate, import_, init, plan, recipes, resume, train
+from stackwise.cli import (
+    compare,
+    demo,
+    doctor,
+    eval,
+    export,
+    generate,
+    import_,
+    init,
+    join,
+    plan,
+    recipes,
+    resume,
+    train,
+)
 from stackwise.config.legacy import OldKeyWarning
 from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
 
@@ -73,6 +87,7 @@ app.command("eval")(eval.evaluate)
 app.command()(generate.generate)
 app.command(short_help="Write a run as a folder that transformers loads.")(export.export)
 app.command("import", short_help="Bring a Hugging Face folder in as a run.")(import_.import_)
+app.command(short_help="Join experts that were trained apart.")(join.join)
 app.command()(doctor.doctor)
 
 

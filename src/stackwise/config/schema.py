@@ -618,6 +618,11 @@ class DiffusionConfig(Section):
     difficulty: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_tuples)] | None = Field(
         None, description="equal_difficulty: pairs (rate, cross-entropy there), as eval prints them"
     )
+    expert: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="depth_variant experts, grown on a frozen trunk: train this Stack alone: 0 with what all share, "
+        "the others from a run of 0 (train --from), each in a process of its own; stackwise join puts them together",
+    )
     condition: Literal["rate", "masked"] = Field(
         "rate", description="time_interpretation input: the rate drawn, or the share of tokens that is masked"
     )
@@ -993,7 +998,7 @@ class StackWiseConfigFields(Section):
                     raise conflict(key, f"{shown} is read by diffusion (training_objective is {training.objective})")
             return
         readers = {
-            "depth_variant": "depth", "levels": "depth", "difficulty": "depth",
+            "depth_variant": "depth", "levels": "depth", "difficulty": "depth", "expert": "depth",
             "condition": "input", "time_embedding": "input", "time_dim": "input",
         }  # fmt: skip
         for key, reader in readers.items():
@@ -1035,8 +1040,19 @@ class StackWiseConfigFields(Section):
                 "training.progressive.time_interpretation",
                 "'depth' goes with strategy progressive or end_to_end (rackwise)",
             )
-        if self.model.initial is not None:
-            raise conflict("training.progressive.time_interpretation", "'depth' starts without model.initial")
+        expert = self.training.diffusion.expert
+        if expert is not None:
+            frozen = self.training.strategy == "progressive" and progressive.trunk_strategy == "frozen"
+            if variant != "experts" or not frozen or expert >= self.target_stacks or progressive.joint_fraction:
+                raise conflict(
+                    "training.diffusion.expert",
+                    f"{expert} needs depth_variant experts, strategy progressive, trunk_strategy frozen, no "
+                    f"joint_fraction, and one of the {self.target_stacks} Stacks, counted from 0",
+                )
+        if (self.model.initial is not None) != (expert is not None and expert > 0):
+            what = "starts without model.initial" if expert in (None, 0) else "starts from a run of expert 0 (--from)"
+            key = "training.progressive.time_interpretation" if expert is None else "training.diffusion.expert"
+            raise conflict(key, f"{'depth' if expert is None else expert!r} {what}")
         if progressive.cache_activations:
             raise conflict(
                 "training.progressive.cache_activations",

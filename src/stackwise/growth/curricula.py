@@ -375,13 +375,13 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
         return drafts
     levels, frozen = levels_of(config), config.training.progressive.trunk_strategy == "frozen"
     found = []
-    for i, draft in enumerate(drafts):
+    for draft in _of_expert(drafts, config.training.diffusion.expert):
         phase, trains = draft.phase, draft.phase.trains
-        if i and phase.growth and frozen:
+        if len(phase.stacks) > 1 and phase.growth and frozen:
             trains = tuple(f"stack.{k}" for k in phase.stacks if k in phase.trained_stacks)
         noise = tuple(
             replace(interval, trains=f"stack.{k}" in trains)
-            for k, interval in zip(phase.stacks, intervals_of(variant, levels, len(phase.stacks)))
+            for k, interval in zip(phase.stacks, intervals_of(variant, levels, phase.stacks))
         )
         training = [interval.width for interval in noise if interval.trains]
         if min(training) / sum(training) * config.training.batch_size < 1.0:
@@ -393,6 +393,18 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
             )
         found.append(replace(draft, phase=replace(phase, trains=trains, noise=noise)))
     return found
+
+
+def _of_expert(drafts: list[Draft], expert: int | None) -> list[Draft]:
+    """The phase of one expert, beside Stack 0 alone, with the whole budget; all phases where none is named."""
+    if expert is None:
+        return drafts
+    (draft,) = [draft for draft in drafts if draft.phase.stacks[-1] == expert and draft.phase.growth]
+    phase = draft.phase
+    growth = tuple(replace(new, source=0 if new.source is not None else None) for new in phase.growth)
+    stacks = (0, expert) if expert else (0,)
+    precision = tuple((k, name) for k, name in phase.precision if k in stacks)
+    return [Draft(replace(phase, stacks=stacks, growth=growth, precision=precision), 1.0)]
 
 
 def _with_steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -38,14 +39,14 @@ def levels_of(config: StackWiseConfig) -> tuple[float, ...]:
     return thresholds(diffusion.levels, config.target_stacks, difficulty=diffusion.difficulty)
 
 
-def intervals_of(variant: Variant, levels: tuple[float, ...], present: int) -> tuple[Interval, ...]:
-    """The intervals that the Stacks of a Rack with ``present`` of K denoise, from the noisiest on.
+def intervals_of(variant: Variant, levels: tuple[float, ...], stacks: Sequence[int]) -> tuple[Interval, ...]:
+    """The intervals that the ``stacks`` (their ids, left to right) of a Rack denoise, from the noisiest on.
 
-    experts: Stack k alone; suffix: Stacks k to the last, so that a Rack that grows to the left has the least noisy
-    ones first; prefix: Stack k, after those before it.
+    experts: the Stack with the id k alone, the k-th; suffix: the k-th Stack to the last, the last one the last
+    interval, so that a Rack that grows to the left has the least noisy ones first; prefix: the k-th Stack, after those
+    before it.
     """
     found = [(low, high) for high, low in pairwise(levels)]
-    there = found[-present:] if variant == "suffix" else found[:present]
-    return tuple(
-        Interval(low, high, k, present if variant == "suffix" else k + 1) for k, (low, high) in enumerate(there)
-    )
+    n = len(stacks)
+    there = {"experts": [found[k] for k in stacks], "suffix": found[len(found) - n :], "prefix": found[:n]}[variant]
+    return tuple(Interval(low, high, k, n if variant == "suffix" else k + 1) for k, (low, high) in enumerate(there))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal, Self
 
 import numpy as np
@@ -70,7 +71,7 @@ class DiffusionObjective(CrossEntropyObjective):
 
     def during(self, noise: tuple[Interval, ...]) -> Self:
         if not noise and self.variant is not None:
-            noise = intervals_of(self.variant, self.levels, len(self.levels) - 1)
+            noise = intervals_of(self.variant, self.levels, range(len(self.levels) - 1))
         chosen = copy(self)
         chosen.noise = noise
         chosen.predicts_every_token = not noise or (all(i.trains for i in noise) and _covers(noise))
@@ -80,7 +81,7 @@ class DiffusionObjective(CrossEntropyObjective):
         """The objective of all intervals that the Stacks of ``rack`` denoise: one that still grows has not all."""
         if self.variant is None:
             return self
-        return self.during(intervals_of(self.variant, self.levels, len(rack.stacks)))
+        return self.during(intervals_of(self.variant, self.levels, [stack.stack_id for stack in rack.stacks]))
 
     def corrupt(self, batch: Batch) -> Example:
         return self._noised(batch, exact=self.settings.weighting == "exact_counts")
@@ -269,7 +270,8 @@ class DiffusionObjective(CrossEntropyObjective):
 
 def _covers(noise: tuple[Interval, ...]) -> bool:
     """Whether the intervals make up (0, 1]: else their sum bounds nothing."""
-    return noise[0].high == 1.0 and noise[-1].low == 0.0
+    joined = all(before.low == after.high for before, after in pairwise(noise))
+    return joined and noise[0].high == 1.0 and noise[-1].low == 0.0
 
 
 def noised_and_clean(n_tokens: int, block_length: int, device: torch.device) -> Tensor:

@@ -1,0 +1,29 @@
+"""``stackwise join``: experts that were trained apart, as one run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.train import Json
+
+
+def join(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="The run of expert 0, and those of the others, trained from it")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")],
+    as_json: Json = False,
+) -> None:
+    """Join experts (training.diffusion.expert), each trained in a process of its own, into one run."""
+    from stackwise.cli.results import print_json
+    from stackwise.training.join import join_runs
+
+    result = join_runs(runs, out)
+    if as_json:
+        print_json(result)
+        return
+    print(f"{out}: {result['stacks']} Stacks, {result['parameters']:,} parameters", file=sys.stderr)

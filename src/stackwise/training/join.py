@@ -1,0 +1,82 @@
+"""Experts that were trained by separate processes, as one run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.errors import UserError
+from stackwise.training.checkpoints import CheckpointStore, weights_sha256
+from stackwise.training.loop import RunState
+from stackwise.training.run import IMPORTED, LoadedRun, load
+from stackwise.training.rundir import RunDir
+
+
+def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
+    """Writes the new run ``out`` with the Stacks of all ``runs``, which share everything else.
+
+    One run is that of expert 0, the others were trained from it (``training.diffusion.expert``), one for each other
+    Stack, in any order.
+
+    Returns: {"stacks", "parameters"}.
+
+    Raises:
+        UserError: ``out`` exists, a run is not of an expert, Stacks are missing or there twice, or the runs do not
+            share their embedding, norm, head and Stack 0.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out}: already exists; give a new folder")
+    loaded = {str(path): load(path) for path in runs}
+    if len(loaded) < 2:
+        raise UserError("join needs two runs at least: that of expert 0, and one for each other Stack")
+    experts: dict[int, str] = {}
+    for path, run in loaded.items():
+        expert = run.config.training.diffusion.expert
+        if expert is None:
+            raise UserError(f"{path}: it is not the run of one expert (training.diffusion.expert is null)")
+        if expert in experts:
+            raise UserError(f"{path}: it is of expert {expert}, as {experts[expert]} is")
+        experts[expert] = path
+    first = next(iter(loaded.values()))
+    wanted = set(range(first.config.target_stacks))
+    if set(experts) != wanted:
+        lacking = sorted(wanted - set(experts))
+        raise UserError(f"join: there is no run of expert {lacking[0]}; {len(wanted)} Stacks need one each")
+    shared = _shared(loaded[experts[0]])
+    for path, run in loaded.items():
+        different = [part for part, digest in _shared(run).items() if shared.get(part) != digest]
+        if different:
+            raise UserError(f"{path}: its {different[0]} is not that of {experts[0]}; train it --from that run")
+    tensors = {part: dict(named) for part, named in loaded[experts[0]].rack.tensors_by_part().items()}
+    for k in sorted(wanted - {0}):
+        tensors[f"stack.{k}"] = loaded[experts[k]].rack.tensors_by_part()[f"stack.{k}"]
+    settings = loaded[experts[0]].config.to_dict()
+    settings["training"]["diffusion"]["expert"] = None
+    config = StackWiseConfig.from_dict(settings)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        run_dir = RunDir(temporary)
+        temporary.mkdir(parents=True)
+        config.to_yaml(run_dir.config)
+        loaded[experts[0]].tokenizer.save(run_dir.tokenizer)
+        state = {"fingerprint": IMPORTED, "stacks": sorted(wanted), "run": RunState().to_dict()}
+        CheckpointStore(run_dir.checkpoints).save(0, tensors, state)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"stacks": len(wanted), "parameters": sum(t.numel() for named in tensors.values() for t in named.values())}
+
+
+def _shared(run: LoadedRun) -> dict[str, str]:
+    """The hash of each part that all experts have."""
+    return {
+        part: weights_sha256(named.items())
+        for part, named in run.rack.tensors_by_part().items()
+        if part in ("embedding", "norm", "head", "stack.0")
+    }
