@@ -46,7 +46,9 @@ def configured(name: str, seed: int, flops: float, text: str, folder: Path) -> A
     stacks, variant, grown = run.get("stacks", 1), run.get("variant"), run.get("grown", False)
     progressive: dict[str, Any] = {"training_objective": run.get("objective", "diffusion")}
     clm = run.get("objective") == "clm"
-    diffusion = dict(run.get("diffusion", {})) if clm else {"weighting": "exact_counts", **run.get("diffusion", {})}
+    diffusion = dict(run.get("diffusion", {}))
+    if not clm and variant != "prefix":
+        diffusion["weighting"] = "exact_counts"
     if variant is not None:
         progressive["time_interpretation"] = "depth"
         diffusion["depth_variant"] = variant

@@ -1008,6 +1008,16 @@ class StackWiseConfigFields(Section):
                     f"{getattr(diffusion, key)!r} is read when training.progressive.time_interpretation is {reader} "
                     f"(it is {'null' if time is None else time})",
                 )
+        if time == "depth" and diffusion.depth_variant == "prefix" and diffusion.weighting != "stratified":
+            raise conflict(
+                "training.diffusion.weighting",
+                f"{diffusion.weighting!r} is not read by depth_variant prefix, whose Stacks have one rate each",
+            )
+        if diffusion.weighting != "stratified" and diffusion.min_rate != DiffusionConfig().min_rate:
+            raise conflict(
+                "training.diffusion.min_rate",
+                f"{diffusion.min_rate:g} is read when weighting is stratified (it is {diffusion.weighting})",
+            )
         levels = diffusion.levels
         if isinstance(levels, tuple) and (
             len(levels) != self.target_stacks + 1
