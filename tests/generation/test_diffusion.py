@@ -111,6 +111,13 @@ def test_samplers_draw_from_their_own_distribution_whatever_the_denoiser(order):
     assert fits(last(unmask(table, gaps(), mask_id=MASK, order=order, **how)), exact)
 
 
+def test_ancestral_steps_leave_the_share_of_gaps_that_their_level_says():
+    levels = (1.0, 0.6, 0.25, 0.1, 0.0)
+    for level, tokens in zip(levels[1:], unmask(Table(), gaps(), mask_id=MASK, levels=levels), strict=True):
+        left = float((tokens == MASK).double().mean())
+        assert left == pytest.approx(level, abs=4 * (level * (1 - level) / (ROWS * L)) ** 0.5)
+
+
 def test_one_step_fills_every_gap_independently():
     table = Table()
     exact = [math.prod(table.p((MASK,) * L, i, token) for i, token in enumerate(text)) for text in TEXTS]
