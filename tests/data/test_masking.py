@@ -1,9 +1,10 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from stackwise.data.masking import bert_mask, count_mask, mask_uniforms, rate_mask
+from stackwise.data.masking import bert_mask, count_mask, mask_uniforms, protected, rate_mask
 
 IGNORE = -100
 MASK, SPECIALS, VOCAB = 2, frozenset((0, 1, 2)), 103
@@ -196,3 +197,142 @@ def test_whole_words_are_predicted_whole() -> None:
             assert word.all() or not word.any()
     with pytest.raises(ValueError, match="starts"):
         mask(ids, unit="word")
+
+
+STARTS = np.arange(VOCAB) % 3 == 0
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+@pytest.mark.parametrize("rate", [0.07, 0.5, 0.93])
+def test_the_share_of_masked_tokens_is_the_rate_for_every_unit(unit: str, rate: float) -> None:
+    ids = tokens(307, 101, low=0)
+    special = np.isin(ids, sorted(SPECIALS))
+    _, targets = mask(ids, rate=rate, unit=unit, starts=STARTS)
+    shares = (targets != IGNORE).sum(axis=1) / (~special).sum(axis=1)
+    assert abs(shares.mean() - rate) < 4 * shares.std() / 307**0.5
+    assert shares.std() / 307**0.5 < 0.01
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_masks_of_every_epoch_are_independent(unit: str) -> None:
+    B, rate, epochs = 307, 0.3, 7
+    ids = tokens(B, 101)
+    picked = np.stack([mask(ids, epoch=e, rate=rate, unit=unit, starts=STARTS)[1] != IGNORE for e in range(epochs)])
+    for one, other in itertools.combinations(picked, 2):
+        assert not (one == other).all(axis=1).any()
+    for n in range(epochs + 1):
+        shares = (picked.sum(axis=0) == n).mean(axis=1)  # of the tokens picked in n epochs, by row
+        binomial = math.comb(epochs, n) * rate**n * (1 - rate) ** (epochs - n)
+        assert abs(shares.mean() - binomial) < 4 * max(shares.std(), 0.01) / B**0.5
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_a_mask_does_not_depend_on_what_its_neighbours_say(unit: str) -> None:
+    ids = tokens(17, 61)
+    kept = np.random.default_rng(4).random(ids.shape) < 0.5
+    others = np.where(kept, ids, 3 + (ids - 3 + 30) % 90)  # steps of 3: what began a word still does
+    assert (others[~kept] != ids[~kept]).all()
+    before, after = (mask(x, rate=0.4, unit=unit, starts=STARTS) for x in (ids, others))
+    assert np.array_equal(before[0][kept], after[0][kept])
+    assert np.array_equal(before[1] != IGNORE, after[1] != IGNORE)
+
+
+def test_what_a_lower_rate_hides_a_higher_one_hides_alike() -> None:
+    ids = tokens()
+    low, high = mask(ids, rate=0.2), mask(ids, rate=0.7)
+    picked = low[1] != IGNORE
+    assert np.array_equal(low[0][picked], high[0][picked]) and np.array_equal(low[1][picked], high[1][picked])
+
+
+def test_spans_are_predicted_whole_but_for_specials() -> None:
+    ids = tokens(43, 97, low=0)
+    special = np.isin(ids, sorted(SPECIALS))
+    u = uniforms(ids, unit="span", span_length=5.0)
+    _, targets = mask(ids, unit="span", span_length=5.0, rate=0.3)
+    whole = 0
+    for numbers, found, fixed in zip(u, targets != IGNORE, special):
+        assert not found[fixed].any()
+        for span in np.split(np.arange(97), np.flatnonzero(np.diff(numbers)) + 1):
+            ordinary = found[span][~fixed[span]]
+            assert ordinary.all() or not ordinary.any()
+            whole += len(ordinary) > 1 and ordinary.all()
+    assert whole > 100
+
+
+@pytest.mark.parametrize("length", [1.5, 3.0, 7.0])
+def test_spans_are_of_geometric_length(length: float) -> None:
+    T = 1009
+    u = uniforms(np.zeros((97, T), dtype=np.int64), unit="span", span_length=length)
+    found = [np.array([len(list(group)) for _, group in itertools.groupby(row)]) for row in u]
+    assert np.mean(np.concatenate(found)) == pytest.approx(T / (1 + (T - 1) / length), rel=0.02)  # a row cuts its last
+    uncut = np.concatenate([row[np.cumsum(row) - row < T - 3] for row in found])  # those that can have 4 tokens
+    for n in (1, 2, 3):
+        assert within((uncut == n).sum(), len(uncut), (1 - 1 / length) ** (n - 1) / length)
+
+
+def test_a_span_below_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"span_length is 0\.9; allowed: 1 and above"):
+        uniforms(tokens(2, 5), unit="span", span_length=0.9)
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_no_special_is_picked_or_drawn_at_any_rate_in_any_unit(unit: str) -> None:
+    ids, specials = tokens(41, 73, low=0), frozenset((0, 2, 50, 102))
+    special = np.isin(ids, sorted(specials))
+    assert np.array_equal(protected(ids, specials, VOCAB), special) and special.any()
+    inputs, targets = mask(
+        ids, rate=1.0, unit=unit, starts=STARTS, special_ids=specials, mask_share=0.0, random_share=1.0
+    )
+    assert np.array_equal(targets != IGNORE, ~special)
+    assert np.array_equal(inputs[special], ids[special])
+    assert not np.isin(inputs[~special], sorted(specials)).any()
+
+
+def test_without_specials_every_token_can_be_picked() -> None:
+    ids = tokens(5, 7, low=0)
+    inputs, targets = mask(ids, rate=1.0, mask_share=1.0, random_share=0.0, special_ids=frozenset())
+    assert np.array_equal(targets, ids) and (inputs == MASK).all()
+
+
+def test_shares_of_zero_leave_the_inputs_and_keep_the_targets() -> None:
+    ids = tokens(11, 13)
+    inputs, targets = mask(ids, rate=0.5, mask_share=0.0, random_share=0.0)
+    assert np.array_equal(inputs, ids) and (targets != IGNORE).any()
+
+
+def test_a_count_masks_the_positions_with_the_smallest_numbers() -> None:
+    ids = tokens(29, 47)
+    u, fixed = uniforms(ids, unit="span"), ids % 5 == 0
+    counts = np.random.default_rng(6).integers(0, (~fixed).sum(axis=1) + 1)
+    counts[:2] = 0, (~fixed[1]).sum()
+    masked = count_mask(u, counts, fixed)
+    for row in range(29):
+        free = sorted(np.flatnonzero(~fixed[row]), key=lambda i: (u[row, i], i))
+        assert set(np.flatnonzero(masked[row])) == set(free[: counts[row]])
+        assert np.array_equal(count_mask(u[[row]], counts[[row]], fixed[[row]])[0], masked[row])
+    assert not masked[0].any() and np.array_equal(masked[1], ~fixed[1])
+
+
+def test_counts_and_rates_follow_one_path() -> None:
+    ids = tokens(19, 31)
+    u, fixed = uniforms(ids), ids % 4 == 0
+    for rate in (0.2, 0.6, 0.95):
+        masked = rate_mask(u, rate, fixed)
+        assert np.array_equal(count_mask(u, masked.sum(axis=1), fixed), masked)
+
+
+def test_a_count_below_zero_or_of_more_than_is_free_is_refused() -> None:
+    u, fixed = uniforms(tokens(3, 7)), np.zeros((3, 7), dtype=bool)
+    fixed[1, :3] = True
+    with pytest.raises(ValueError, match="row 1 has 4 positions that can be masked; 5 were asked for"):
+        count_mask(u, np.array([7, 5, 0]), fixed)
+    with pytest.raises(ValueError, match="row 2 has 7 positions that can be masked; -1 were asked for"):
+        count_mask(u, np.array([7, 4, -1]), fixed)
+
+
+def test_a_prompt_that_is_fixed_is_never_masked() -> None:
+    ids = tokens(23, 37)
+    u = uniforms(ids)
+    prompt = np.arange(37) < np.arange(23)[:, None]  # a longer one in each row
+    assert np.array_equal(rate_mask(u, 1.0, prompt), ~prompt)
+    assert not (count_mask(u, np.full(23, 11), prompt) & prompt).any()

@@ -207,6 +207,10 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
             r"'prefix' is read when training.progressive.time_int",
         ),
         ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be given"),
+        (
+            [DEPTH, "training.diffusion={levels: equal_difficulty, difficulty: [[0.2, 1.0], [0.2, 2.0]]}"],
+            r"difficulty: \[\[0.2, 1.0\], \[0.2, 2.0\]\] must be pairs of different rates",
+        ),
         ([*KINDS["prefix"], "training.diffusion.weighting=exact_counts"], r"weighting: 'exact_counts' is not read by"),
         ([*KINDS["exact counts"], "training.diffusion.min_rate=0.1"], r"min_rate: 0.1 is read when weighting is strat"),
         (["training.progressive.training_objective=mlm", DEPTH], r"'depth' is read by diffusion"),

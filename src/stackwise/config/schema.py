@@ -641,6 +641,14 @@ class DiffusionConfig(Section):
                     "difficulty", "must be given when levels is equal_difficulty: pairs (rate, cross-entropy)"
                 )
             raise conflict("difficulty", f"is read when levels is equal_difficulty (it is {self.levels!r})")
+        if self.difficulty is not None:
+            rates = [rate for rate, _ in self.difficulty]
+            fits = all(0 <= rate <= 1 and nats > 0 for rate, nats in self.difficulty)
+            if not rates or len(set(rates)) < len(rates) or not fits:
+                shown = [list(pair) for pair in self.difficulty]
+                raise conflict(
+                    "difficulty", f"{shown} must be pairs of different rates from 0 to 1 and numbers above 0"
+                )
         return self
 
 

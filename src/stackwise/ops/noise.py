@@ -58,8 +58,8 @@ def check_levels(levels: Sequence[float], k: int | None = None) -> tuple[float, 
     shown = ", ".join(f"{level:g}" for level in levels)
     if k is not None and len(levels) != k + 1:
         raise ValueError(f"levels are {shown or 'none'}; {k} intervals need {k + 1}")
-    if len(levels) < 2 or levels[0] != 1.0 or any(not a > b for a, b in pairwise(levels)):
-        raise ValueError(f"levels are {shown or 'none'}; they must fall, from 1 on")
+    if len(levels) < 2 or levels[0] != 1.0 or levels[-1] < 0.0 or any(not a > b for a, b in pairwise(levels)):
+        raise ValueError(f"levels are {shown or 'none'}; they must fall, from 1 on, and end at 0")
     if levels[-1] != 0.0:
         raise ValueError(f"levels are {shown}; they stop above 0, and their sum would bound no likelihood")
     return tuple(levels)
@@ -68,10 +68,10 @@ def check_levels(levels: Sequence[float], k: int | None = None) -> tuple[float, 
 def _equal_areas(k: int, difficulty: Sequence[tuple[float, float]]) -> tuple[float, ...]:
     points = sorted((float(rate), float(c)) for rate, c in difficulty)
     rates = [rate for rate, _ in points]
-    if not points or any(a == b for a, b in pairwise(rates)) or rates[0] < 0 or rates[-1] > 1:
+    if not points or any(a == b for a, b in pairwise(rates)) or not all(0 <= rate <= 1 for rate in rates):
         raise ValueError("difficulty needs pairs (rate, cross-entropy) of different rates between 0 and 1")
-    if min(c for _, c in points) <= 0:
-        raise ValueError("difficulty needs cross-entropies above 0")
+    if not all(0 < c < math.inf for _, c in points):
+        raise ValueError("difficulty needs finite cross-entropies above 0")
     curve = [(0.0, points[0][1])] * (rates[0] > 0) + points + [(1.0, points[-1][1])] * (rates[-1] < 1)
     areas = [0.0]
     for (low, a), (high, b) in pairwise(curve):
@@ -81,7 +81,8 @@ def _equal_areas(k: int, difficulty: Sequence[tuple[float, float]]) -> tuple[flo
         wanted = areas[-1] * (1 - i / k)
         j = max(n for n, area in enumerate(areas[:-1]) if area <= wanted)
         (low, a), (high, b) = curve[j], curve[j + 1]
-        # area from low to low + x: a x + s x²/2, s the slope; the root that is stable for a slope near 0
+        # area from low to low + x: a x + s x²/2, s the slope; the root that is stable for a slope near 0. What is under
+        # it is at least min(a, b)², and rounding takes it below 0 where b is nearly 0
         s, rest = (b - a) / (high - low), wanted - areas[j]
-        found.append(low + 2 * rest / (a + math.sqrt(a * a + 2 * s * rest)))
+        found.append(low + 2 * rest / (a + math.sqrt(max(0.0, a * a + 2 * s * rest))))
     return (*found, 0.0)
