@@ -1,6 +1,6 @@
 """Training the last Stack from cached activations against training a Rack of one Stack, and against other depths.
 
-    python benchmarks/cached.py [--d-model 512] [--steps 20] [--rounds 3] [--json]
+    python benchmarks/cached.py [--d-model 1024] [--steps 8] [--rounds 1] [--json]
 
 Each run is a process of its own. The last of 8 (and of 32) one-Block Stacks trains from the cache, the trunk on disk;
 beside it the only Stack of a Rack of one. Time is the median of its steps, peak memory that of its phase.
@@ -73,9 +73,9 @@ def run(n_stacks: int, d_model: int, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d-model", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--d-model", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--stacks", type=int, help="run one, in this process, and print JSON")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

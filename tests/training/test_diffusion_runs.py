@@ -214,6 +214,10 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
         ([*KINDS["prefix"], "training.diffusion.weighting=exact_counts"], r"weighting: 'exact_counts' is not read by"),
         ([*KINDS["exact counts"], "training.diffusion.min_rate=0.1"], r"min_rate: 0.1 is read when weighting is strat"),
         (["training.progressive.training_objective=mlm", DEPTH], r"'depth' is read by diffusion"),
+        (
+            ["training.progressive.training_objective=mlm", "training.evaluation.draws=2"],
+            r"draws: 2 is read by diffusion",
+        ),
         (["model.attention_preset=gpt_style"], r"causal and diffusion reads both sides"),
         (["training.diffusion.weighting=exact"], r"weighting: 'exact' is not allowed.*exact_counts"),
     ],

@@ -1000,6 +1000,11 @@ class StackWiseConfigFields(Section):
         training, diffusion, progressive = self.training, self.training.diffusion, self.training.progressive
         time = progressive.time_interpretation
         if training.objective != "diffusion":
+            if training.evaluation.draws != 1:
+                raise conflict(
+                    "training.evaluation.draws",
+                    f"{training.evaluation.draws} is read by diffusion (training_objective is {training.objective})",
+                )
             for key, value in (("training.progressive.time_interpretation", time), ("training.diffusion", diffusion)):
                 if value not in (None, DiffusionConfig()):
                     shown = repr(value) if isinstance(value, str) else "has settings that differ from the default; it"
