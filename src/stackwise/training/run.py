@@ -81,6 +81,11 @@ def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
 def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
+    if config.training.objective == "custom":
+        raise UserError(
+            "training.progressive.training_objective: 'custom' takes its targets from a data loader, in Python "
+            "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
+        )
     config = resolve_family(config)
     run = RunDir.create(out, config.to_yaml())
     try:
