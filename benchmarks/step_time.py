@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from stackwise.config import StackWiseConfig
 from stackwise.model.architecture import Rack, create_rack_from_config
-from stackwise.objectives import CausalObjective
+from stackwise.objectives import CausalObjective, Objective
 from stackwise.objectives.base import Example
 from stackwise.ops.precision import autocast
 from stackwise.planning.devices import peak_flops
@@ -96,6 +96,10 @@ class Turns:
         self.plains: list[np.ndarray] = []
         self._resumed = np.zeros(2)
 
+    def during(self, objective: Objective) -> Turns:
+        """One objective, in all phases."""
+        return self
+
     def example(self, step: int) -> Example:
         if step % self.block == 0:
             if step:
@@ -152,7 +156,7 @@ def measure(shape: dict[str, int], rounds: int, block: int, device: str, folder:
         rack,
         planned.phases,
         turns,
-        objective,
+        {"clm": objective},
         config,
         step_flops=[cost.flops for cost in planned.costs],
         device=planned.device,

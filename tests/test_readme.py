@@ -127,11 +127,14 @@ def test_the_commands_of_recipes_run_as_printed(
 
 
 def test_the_phases_it_prints_are_phases() -> None:
-    (block,) = blocks("yaml")
+    block, switched = blocks("yaml")
     config = StackWiseConfig.from_dict(yaml.safe_load(block))
     names = [phase.name for phase in build_phases(config)]
     sweeps = [f"sweep {i}, stack {k}" for i in (1, 2) for k in range(4)]
     assert names == ["stacks 0–1", "stack 2", "stack 3", *sweeps, "joint"]
+    config = StackWiseConfig.from_dict(yaml.safe_load(switched))
+    assert [phase.objective for phase in build_phases(config)] == ["mlm", "clm"]
+    assert config.training.objective == "clm"
 
 
 def test_the_make_targets_it_names_exist() -> None:

@@ -129,7 +129,7 @@ def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, valida
         rack,
         phases,
         TokenSource(ProgressiveDataLoader(TOKENS, settings), objective),
-        objective,
+        {"clm": objective},
         settings,
         step_flops=[3.0] * len(phases),
         preparation_flops=[7.0 * phase.cached for phase in phases],
@@ -326,7 +326,7 @@ def test_a_checkpoint_restores_storage_and_adapters(tmp_path):
 def test_what_storing_the_trunk_costs_is_measured(tmp_path):
     from stackwise.objectives.scoring import validate
 
-    def score(rack):
+    def score(rack, objective):
         return validate(
             rack, CausalObjective(), TOKENS[:200], seq_len=T, batch_size=4, bytes_per_token=1.0, max_tokens=None,
             compute_dtype=None,
@@ -382,7 +382,7 @@ def test_batches_that_cannot_be_taken_again_are_refused():
     source = IterableSource([torch.zeros(B, T, dtype=torch.int64)], objective)
     settings = config()
     loop = Loop(
-        create_rack_from_config(settings, n_stacks=0, vocab_size=V), phases, source, objective, settings,
+        create_rack_from_config(settings, n_stacks=0, vocab_size=V), phases, source, {"clm": objective}, settings,
         step_flops=[1.0] * 3, device=torch.device("cpu"), compute_dtype=None, peak_flops=None, validate=None, run=None,
         reporter=SilentReporter(), memory=PeakMemory(torch.device("cpu")),
     )  # fmt: skip

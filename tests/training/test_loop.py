@@ -79,6 +79,9 @@ class Examples:
     def __init__(self, *examples):
         self.examples = examples
 
+    def during(self, objective):
+        return self
+
     def example(self, step):
         return self.examples[step % len(self.examples)]
 
@@ -95,7 +98,7 @@ def a_loop(settings, *, rack=None, source=None, present=()):
         rack,
         phases,
         source or TokenSource(ProgressiveDataLoader(TOKENS, settings), objective),
-        objective,
+        {"clm": objective},
         settings,
         step_flops=[1.0] * len(phases),
         device=torch.device("cpu"),
@@ -246,6 +249,9 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_before_the_update(broken)
     kept = []
 
     class Breaks:
+        def during(self, objective):
+            return self
+
         def example(self, step):
             if step == 2:
                 kept.append(recorder.weights())

@@ -539,6 +539,11 @@ class PhaseConfig(Section):
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         None, description="Of the budget; null: an equal part of what the others leave"
     )
+    objective: Literal["clm", "mlm", "diffusion"] | None = Field(
+        None,
+        description="clm, mlm or diffusion, in this entry's phases; null: training.progressive.training_objective. The "
+        "run is scored and used by that of the last entry",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -849,13 +854,20 @@ class TrainingConfig(Section):
         return "steps", self.max_steps if self.max_steps is not None else DEFAULT_STEPS
 
     @property
+    def objectives(self) -> tuple[ObjectiveName, ...]:
+        """Those of the phases, in the order of their first use."""
+        default = self.progressive.training_objective
+        return tuple(dict.fromkeys(entry.objective or default for entry in self.phases)) or (default,)
+
+    @property
     def objective(self) -> ObjectiveName:
-        return self.progressive.training_objective
+        """What the run is trained for: the objective of its last phase."""
+        return (self.phases and self.phases[-1].objective) or self.progressive.training_objective
 
     @property
     def needs_mask(self) -> bool:
         """Whether the tokenizer must have a mask token."""
-        return self.objective in ("mlm", "diffusion")
+        return not {"mlm", "diffusion"}.isdisjoint(self.objectives)
 
     @property
     def depth_variant(self) -> Literal["experts", "suffix", "prefix"] | None:
@@ -935,19 +947,20 @@ class StackWiseConfigFields(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         progressive, training = self.training.progressive, self.training
-        mode = self.attention_mode
-        if training.objective == "clm" and mode == "bidirectional":
-            raise conflict(
-                "model.attention_preset",
-                f"{self.model.attention_preset!r} is bidirectional and would see the tokens that clm predicts; "
-                "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
-            )
-        if training.objective in ("mlm", "diffusion") and mode == "causal":
-            raise conflict(
-                "model.attention_preset",
-                f"{self.model.attention_preset!r} is causal and {training.objective} reads both sides; set bert_style, "
-                "or training.progressive.training_objective: clm",
-            )
+        for objective in training.objectives:
+            mode = self.mode_of(objective)
+            if objective == "clm" and mode == "bidirectional":
+                raise conflict(
+                    "model.attention_preset",
+                    f"{self.model.attention_preset!r} is bidirectional and would see the tokens that clm predicts; "
+                    "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
+                )
+            if objective in ("mlm", "diffusion") and mode == "causal":
+                raise conflict(
+                    "model.attention_preset",
+                    f"{self.model.attention_preset!r} is causal and {objective} reads both sides; set bert_style, "
+                    "or training.progressive.training_objective: clm",
+                )
         self._check_diffusion()
         tokenizer, family = self.data.tokenizer, self.model.tokenizer_embedding.family
         if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
@@ -999,7 +1012,7 @@ class StackWiseConfigFields(Section):
         """Noise levels, blocks and depth as time."""
         training, diffusion, progressive = self.training, self.training.diffusion, self.training.progressive
         time = progressive.time_interpretation
-        if training.objective != "diffusion":
+        if "diffusion" not in training.objectives:
             if training.evaluation.draws != 1:
                 raise conflict(
                     "training.evaluation.draws",
@@ -1041,6 +1054,12 @@ class StackWiseConfigFields(Section):
                 "training.diffusion.levels",
                 f"{list(levels)} must fall from 1 to 0 in {self.target_stacks} steps, one for each Stack; where they "
                 "stop above 0, the sum would not bound the likelihood",
+            )
+        if time is not None and len(training.objectives) > 1:
+            other = next(name for name in training.objectives if name != "diffusion")
+            raise conflict(
+                "training.progressive.time_interpretation",
+                f"{time!r} goes with diffusion in every phase; some train {other}",
             )
         block = diffusion.block_length
         if block is not None:
@@ -1144,6 +1163,11 @@ class StackWiseConfigFields(Section):
                 "training the head would change what the trunk reads; set it to false, or the trunk to trainable",
             )
         if progressive.cache_activations:
+            if len(training.objectives) > 1:
+                raise conflict(
+                    "training.progressive.cache_activations",
+                    f"true keeps the inputs of one objective; the phases have {', '.join(training.objectives)}",
+                )
             append = training.strategy == "progressive" and progressive.building_mode == "append"
             if training.strategy == "phases":
                 append = bool(trunks) and all(entry.at == "right" for entry in training.phases)
@@ -1199,8 +1223,12 @@ class StackWiseConfigFields(Section):
 
     @property
     def attention_mode(self) -> Literal["causal", "bidirectional"]:
-        """The direction of attention: the preset's, or the objective's where the preset leaves it open."""
-        causal = self.training.objective in ("clm", "custom")
+        """The direction of attention of the trained Rack."""
+        return self.mode_of(self.training.objective)
+
+    def mode_of(self, objective: ObjectiveName) -> Literal["causal", "bidirectional"]:
+        """The direction of attention: the preset's, or that of ``objective`` where the preset leaves it open."""
+        causal = objective in ("clm", "custom")
         needed: Literal["causal", "bidirectional"] = "causal" if causal else "bidirectional"
         match self.model.attention_preset:
             case "gpt_style":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import TRAINABLE_PRECISIONS, ScheduleConfig
+from stackwise.config.schema import TRAINABLE_PRECISIONS, ObjectiveName, ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
 from stackwise.objectives.depth import intervals_of, levels_of
@@ -42,6 +42,7 @@ class _Course:
 
     def __init__(self, config: StackWiseConfig, present: tuple[int, ...]) -> None:
         self.config, self.stacks = config, present
+        self.objective: ObjectiveName | None = None
         self.drafts: list[Draft] = []
         self._cycles = 0
         self._precision: dict[int, Precision] = {}
@@ -157,6 +158,7 @@ class _Course:
             ),
             enters > 0,
             enters,
+            objective=self.objective,
         )
         self.drafts.append(Draft(phase, share))
 
@@ -239,6 +241,7 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     shares = [missing if share is None else share for share in given]
     for i, (entry, part) in enumerate(zip(entries, shares)):
         share, where = part / sum(shares), f"training.phases[{i}]"
+        course.objective = entry.objective
         if entry.add is None and not course.stacks:
             raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add some")
         if entry.at == "between" and not course.stacks:

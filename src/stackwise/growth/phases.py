@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stackwise.config.schema import ObjectiveName
 from stackwise.objectives.depth import Interval
 
 OptimizerState = Literal["keep", "reset", "copy"]
@@ -78,6 +79,7 @@ class Phase:
         examples: the batches of the phase: (first, count) of the run's stream, taken again from the first when they are
             through; ``None``: they go on where the phase before ended. Phases that share a cache name the same ones.
         noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken.
+        objective: ``None``: that of the run.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Phase:
     enters: int = 0
     examples: tuple[int, int] | None = None
     noise: tuple[Interval, ...] = ()
+    objective: ObjectiveName | None = None
 
     def precision_of(self, stack: int) -> Precision:
         return dict(self.precision).get(stack, "full")

@@ -1,4 +1,5 @@
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import ObjectiveName
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.objectives.base import Example, Objective, Score
@@ -17,28 +18,30 @@ __all__ = [
     "Objective",
     "Score",
     "create_objective",
+    "create_objectives",
 ]
 
 
-def create_objective(config: StackWiseConfig, tokenizer: Tokenizer | None) -> Objective:
-    """The objective that ``training.progressive.training_objective`` names.
+def create_objective(
+    config: StackWiseConfig, tokenizer: Tokenizer | None, name: ObjectiveName | None = None
+) -> Objective:
+    """The objective ``name``, or the one that the run is trained for.
 
     Raises:
         UserError: it needs a mask token, or to know where words begin, and the tokenizer (or its absence) does not say.
     """
     training = config.training
-    key = f"training.progressive.training_objective: {training.objective}"
-    if training.objective == "clm":
+    name = name or training.objective
+    key = f"training.progressive.training_objective: {name}"
+    if name == "clm":
         return CausalObjective()
-    if training.objective == "custom":
+    if name == "custom":
         return CustomObjective()
     if tokenizer is None:
         raise UserError(f"{key} needs the tokenizer, for its mask token")
     if tokenizer.mask_id is None:
-        raise UserError(
-            f"data.tokenizer: it has no mask token, which {training.objective} needs; use bytes, characters or bpe"
-        )
-    if training.objective == "mlm":
+        raise UserError(f"data.tokenizer: it has no mask token, which {name} needs; use bytes, characters or bpe")
+    if name == "mlm":
         starts = tokenizer.word_starts() if training.masking.unit == "word" else None
         return MaskedObjective(
             training.masking,
@@ -60,3 +63,8 @@ def create_objective(config: StackWiseConfig, tokenizer: Tokenizer | None) -> Ob
         levels=(1.0, 0.0) if variant is None else levels_of(config),
         conditioned=told,
     )
+
+
+def create_objectives(config: StackWiseConfig, tokenizer: Tokenizer | None) -> dict[ObjectiveName, Objective]:
+    """The objectives of all phases, by name. Raises ``UserError`` as ``create_objective`` does."""
+    return {name: create_objective(config, tokenizer, name) for name in config.training.objectives}

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.schema import ObjectiveName, OptimizerConfig
 from stackwise.growth.phases import Adapter, Phase, Precision
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
@@ -370,7 +370,7 @@ class PhaseCoster:
 
     def __call__(self, phase: Phase) -> PhaseCost:
         kinds, others = self._kinds(phase)
-        key = (kinds, others, phase.cached, phase.enters, phase.noise)
+        key = (kinds, others, phase.cached, phase.enters, phase.noise, phase.objective)
         if key not in self._known:
             with self._mode:
                 self._known[key] = self._measure(kinds, others, phase)
@@ -403,7 +403,7 @@ class PhaseCoster:
         away = self._away(phase)
         kinds = tuple(
             _Kind(
-                self._blocks(k),
+                self._blocks(k, phase),
                 phase.precision_of(k),
                 tuple(sorted(within.pop(f"stack.{k}", ()))),
                 tuple(replace(a, stack=0) for a in phase.adapters if a.stack == k),
@@ -413,10 +413,18 @@ class PhaseCoster:
         )
         return kinds, tuple(sorted(within))
 
-    def _blocks(self, stack: int) -> tuple[BlockSpec, ...]:
+    def _objective_of(self, phase: Phase) -> ObjectiveName:
+        return phase.objective or self.config.training.objective
+
+    def _blocks(self, stack: int, phase: Phase) -> tuple[BlockSpec, ...]:
         if stack in self._spec.stack_ids:
-            return self._spec.stacks[self._spec.stack_ids.index(stack)]
-        return stack_spec_from_config(stack, self.config)
+            blocks = self._spec.stacks[self._spec.stack_ids.index(stack)]
+        else:
+            blocks = stack_spec_from_config(stack, self.config)
+        if len(self.config.training.objectives) == 1:
+            return blocks
+        mode = self.config.mode_of(self._objective_of(phase))
+        return tuple(replace(block, attention_mode=mode) for block in blocks)
 
     def _away(self, phase: Phase) -> set[int]:
         offload = self.config.training.offload
@@ -493,7 +501,7 @@ class PhaseCoster:
         training = self.config.training
         variant, block = training.depth_variant, training.diffusion.block_length
         told = training.progressive.time_interpretation == "input"
-        if training.objective != "diffusion" or (variant is None and block is None and not told):
+        if self._objective_of(phase) != "diffusion" or (variant is None and block is None and not told):
             return None
         levels = (1.0, 0.0) if variant is None else levels_of(self.config)
         objective = DiffusionObjective(

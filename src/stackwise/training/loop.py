@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import ObjectiveName
 from stackwise.errors import RunError, StoppedBySignal, UserError
 from stackwise.growth.phases import Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
@@ -100,13 +101,13 @@ class Loop:
         rack: without the Stacks that the phases add; with those of the phase in progress when resuming.
         phases: in order.
         source: the example of each step.
-        objective: the loss.
+        objectives: of all phases, by name.
         config: batch, optimizer, clipping, logging and checkpoint settings.
         step_flops: true FLOPs of one step of each phase, in order.
         preparation_flops: of what comes before a phase's first step (filling its cache); default none.
         device, compute_dtype: where and in what products run.
         peak_flops: of the device, for MFU; ``None`` leaves MFU out.
-        validate: scores the Rack; ``None`` skips validation.
+        validate: scores the Rack by an objective; ``None`` skips validation.
         run: where metrics and checkpoints go; ``None`` keeps nothing.
         reporter: what people see.
         fingerprint: of config and data, stored in checkpoints.
@@ -118,14 +119,14 @@ class Loop:
         rack: Rack,
         phases: Sequence[Phase],
         source: ExampleSource,
-        objective: Objective,
+        objectives: Mapping[ObjectiveName, Objective],
         config: StackWiseConfig,
         *,
         step_flops: Sequence[float],
         device: torch.device,
         compute_dtype: torch.dtype | None,
         peak_flops: float | None,
-        validate: Callable[[Rack], Validation] | None,
+        validate: Callable[[Rack, Objective], Validation] | None,
         run: RunDir | None,
         reporter: Reporter,
         memory: PeakMemory,
@@ -133,7 +134,7 @@ class Loop:
         checkpoint: Checkpoint | None = None,
         preparation_flops: Sequence[float] | None = None,
     ) -> None:
-        self.rack, self.phases, self.source, self.objective = rack, list(phases), source, objective
+        self.rack, self.phases, self.source, self.objectives = rack, list(phases), source, objectives
         self.config, self.step_flops = config, step_flops
         self.preparation_flops = preparation_flops or [0.0] * len(self.phases)
         self.device, self.compute_dtype, self.peak_flops = device, compute_dtype, peak_flops
@@ -149,7 +150,7 @@ class Loop:
         self.offload = Offload(device)
         self.cache: ActivationCache | None = None
         self._inside: InBackward | None = None
-        self._of_phase = source, objective
+        self._of_phase = source, objectives[config.training.objective]
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -174,13 +175,9 @@ class Loop:
         """The steps of one phase: evaluate, save, step, log."""
         state, training, rack = self.state, self.config.training, self.rack
         started = time.perf_counter()
-        if phase.noise:
-            objective = self.objective.during(phase.noise)
-            self._of_phase = self.source.during(objective), objective
-        else:
-            self._of_phase = self.source, self.objective
         self._recall(phase)
         stored = self._store_and_grow(phase)
+        self._read_for(phase)
         self._place(phase)
         rack.checkpoint_activations(training.activation_checkpointing)
         for module in rack.stacks:
@@ -262,7 +259,7 @@ class Loop:
             self.reporter.step(state.phase_step, metrics)
 
             if self.validate is not None and evaluate and metrics is not None:
-                self.validation = self.validate(rack)
+                self.validation = self.validate(rack, self._objective_of(phase))
                 metrics["validation_loss"] = self.validation.loss
                 if last:
                     record.validation_loss = self.validation.loss
@@ -351,7 +348,7 @@ class Loop:
             )
         if not phase.enters:
             return PhaseExamples(self._of_phase[0], phase, state.phase_step, state.step)
-        compute = Boundaries(self.rack, self.source, self.config, self.device, self.compute_dtype, self.offload)
+        compute = Boundaries(self.rack, self._of_phase[0], self.config, self.device, self.compute_dtype, self.offload)
         cached = None
         if phase.cached:
             cache, ids = self._cache(phase)
@@ -361,7 +358,7 @@ class Loop:
                 self.reporter.work(f"activations at boundary {boundary}", batch - cache.layout.first, count)
 
             cached = compute.prepared(cache, ids, progress)
-        return PhaseExamples(self.source, phase, state.phase_step, state.step, compute, cached)
+        return PhaseExamples(self._of_phase[0], phase, state.phase_step, state.step, compute, cached)
 
     def _cache(self, phase: Phase) -> tuple[ActivationCache, list[BoundaryId]]:
         """The cache, and the boundaries 1 … ``enters`` of the Rack as it is."""
@@ -430,6 +427,18 @@ class Loop:
             waiting = {name: tensor.pin_memory() for name, tensor in waiting.items()}
         return lambda: waiting
 
+    def _objective_of(self, phase: Phase) -> Objective:
+        """The objective of all that the Rack can do, as ``phase`` trains it."""
+        return self.objectives[phase.objective or self.config.training.objective]
+
+    def _read_for(self, phase: Phase) -> None:
+        """Examples, loss and the direction of attention are those of ``phase``."""
+        name = phase.objective or self.config.training.objective
+        objective = self.objectives[name].during(phase.noise)
+        self._of_phase = self.source.during(objective), objective
+        if len(self.objectives) > 1:
+            self.rack.set_attention_mode(self.config.mode_of(name))
+
     def _store_and_grow(self, phase: Phase) -> dict[str, Any] | None:
         """Prepares the Rack; what storing its Stacks in another precision cost: validation loss before and after."""
         precisions = PrecisionManager()
@@ -440,11 +449,14 @@ class Loop:
             if precisions.precision_of(stack) != phase.precision_of(stack.stack_id)
         }
         before = self.state.records[-1].validation_loss if self.state.records else None
+        earlier = self.phases[max(0, self.state.phase - 1)]
+        if changes:
+            self._read_for(earlier)
         if changes and before is None and self.validate is not None:
-            before = self.validate(self.rack).loss
+            before = self.validate(self.rack, self._objective_of(earlier)).loss
 
         def measure() -> None:
-            after = self.validate(self.rack).loss if self.validate is not None else None
+            after = None if self.validate is None else self.validate(self.rack, self._objective_of(earlier)).loss
             precision = {str(k): name for k, name in changes.items()}
             measured.update(precision=precision, validation_loss_before=before, validation_loss_after=after)
             if before is not None and after is not None:
@@ -511,6 +523,8 @@ class Loop:
         for new in phase.growth if len(phase.stacks) > 1 else ():
             source = f" of stack {new.source}" if new.source is not None else ""
             how += f", new stack {new.stack}: {new.init}{source}"
+        if len(self.objectives) > 1:
+            how += f", objective {self._of_phase[1].name}"
         return (
             f"phase {self.state.phase + 1}/{len(self.phases)}  {phase.name}: {len(phase.stacks)} stacks, "
             f"{record.trainable_parameters:,} of {total:,} parameters train, {phase.steps:,} steps{how}"

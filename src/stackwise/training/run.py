@@ -23,7 +23,7 @@ from stackwise.errors import ConfigError, StoppedBySignal, UserError
 from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
-from stackwise.objectives import create_objective
+from stackwise.objectives import Objective, create_objective, create_objectives
 from stackwise.objectives.scoring import Validation, validate
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
@@ -81,7 +81,7 @@ def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
 def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
-    if config.training.objective == "custom":
+    if "custom" in config.training.objectives:
         raise UserError(
             "training.progressive.training_objective: 'custom' takes its targets from a data loader, in Python "
             "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
@@ -157,11 +157,12 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
+            masks = next(name for name in training.objectives if name != "clm")
             reporter.note(
-                f"the tokenizer had no mask token, which {training.objective} needs: one is added, with the id "
+                f"the tokenizer had no mask token, which {masks} needs: one is added, with the id "
                 f"{data.tokenizer.mask_id}, and a row to the embedding"
             )
-    objective = create_objective(config, data.tokenizer)
+    objectives = create_objectives(config, data.tokenizer)
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
@@ -182,14 +183,14 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         rack = rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
-    def score(rack: Rack) -> Validation:
-        return validate_run(rack, config, data, planned.compute_dtype)
+    def score(rack: Rack, objective: Objective) -> Validation:
+        return validate_run(rack, config, data, planned.compute_dtype, objective)
 
     loop = Loop(
         rack,
         planned.phases,
-        TokenSource(loader, objective),
-        objective,
+        TokenSource(loader, objectives[training.objective]),
+        objectives,
         config,
         step_flops=[cost.flops for cost in planned.costs],
         preparation_flops=planned.preparation_flops,
@@ -204,7 +205,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         checkpoint=checkpoint,
     )
     state = loop.train()
-    validation = loop.validation or score(rack)
+    validation = loop.validation or score(rack, objectives[training.objective])
     peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
     summary = {
         "validation": {k: v for k, v in validation.to_dict().items() if k not in ("tokens", "nelbo")},
@@ -221,12 +222,16 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
 
 
 def validate_run(
-    rack: Rack, config: StackWiseConfig, data: PreparedData, compute_dtype: torch.dtype | None
+    rack: Rack,
+    config: StackWiseConfig,
+    data: PreparedData,
+    compute_dtype: torch.dtype | None,
+    objective: Objective | None = None,
 ) -> Validation:
-    """Scores the validation tokens as the run does."""
+    """Scores the validation tokens as the run does, by ``objective`` or that of its last phase."""
     return validate(
         rack,
-        create_objective(config, data.tokenizer),
+        objective or create_objective(config, data.tokenizer),
         data.validation,
         seq_len=config.training.seq_len,
         batch_size=config.training.micro_batch_size or config.training.batch_size,

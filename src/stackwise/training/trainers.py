@@ -57,7 +57,7 @@ class _Trainer:
             rack,
             phases,
             source,
-            self.objective,
+            {config.training.objective: self.objective},
             config,
             step_flops=[cost(phase).flops for phase in phases],
             preparation_flops=preparation_flops(phases, [cost(phase) for phase in phases]),
