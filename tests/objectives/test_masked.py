@@ -9,10 +9,12 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.schema import MaskingConfig
 from stackwise.data.batches import Batch, Batches
 from stackwise.data.tokenizers import ByteTokenizer
-from stackwise.errors import UserError
+from stackwise.errors import ConfigError, UserError
 from stackwise.evaluation.pseudo import pseudo_perplexity
+from stackwise.growth.curricula import build_phases
 from stackwise.model.architecture import create_simple_rack
 from stackwise.objectives import CausalObjective, MaskedObjective, create_objective
+from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
 
 V, SPECIALS, MASK = 37, frozenset({0, 1, 2}), 2
@@ -200,3 +202,51 @@ def test_pseudo_perplexity_masks_one_token_at_a_time():
     found = pseudo_perplexity(rack, objective(), tokens, T, batch_size=3)
     assert found["pseudo_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found["pseudo_perplexity_tokens"] == count < 2 * T
+
+
+def test_a_phase_may_have_a_rate_of_its_own():
+    seen = objective(rate=0.2)
+    of_phase = seen.during((Interval(0.6, 0.6, 0, 1),))
+    wider, narrower = ((o.corrupt(batch()).targets != IGNORE) for o in (of_phase, seen))
+    assert float(wider.float().mean()) == pytest.approx(0.6, abs=0.01)
+    assert float(narrower.float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert bool((wider | ~narrower).all())  # nested: what a low rate masks, a higher one masks too
+    assert seen.during(()) is seen
+
+
+MLM = {
+    "model": {"vocab_size": V, "d_model": 16, "n_heads": 2, "architecture": {"n_stacks": 3, "blocks_per_stack": 1}},
+    "training": {
+        "progressive": {"training_objective": "mlm", "joint_fraction": 0.25},
+        "masking": {"stack_rates": [0.8, 0.5, 0.1], "rate": 0.3},
+        "max_steps": 40,
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["append", "prepend"])
+def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
+    config = StackWiseConfig.from_dict(MLM).override([f"training.progressive.building_mode={mode}"])
+    rates = [[(i.low, i.high) for i in phase.noise] for phase in build_phases(config)]
+    assert rates == [[(0.8, 0.8)], [(0.5, 0.5)], [(0.1, 0.1)], []]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.masking.stack_rates=[0.5, 0.1]", "has 2 entries for 3 Stacks"),
+        ("training.masking.max_rate=0.9", "stack_rates: .* are both set"),
+        ("training.strategy=end_to_end", "is read by mlm with strategy progressive"),
+        ("training.progressive.training_objective=clm", "is read by mlm with strategy progressive"),
+        ("training.masking.stack_rates=[0.5, 0.1, 1.5]", "stack_rates.*out of range"),
+    ],
+)
+def test_rates_of_stacks_that_nothing_reads_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        StackWiseConfig.from_dict(MLM).override([override])
+
+
+def test_rates_of_stacks_do_not_go_with_a_cache():
+    overrides = ["training.progressive.trunk_strategy=frozen", "training.progressive.cache_activations=true"]
+    with pytest.raises(ConfigError, match="cannot go with cache_activations: each phase has masks of its own"):
+        StackWiseConfig.from_dict(MLM).override(["training.progressive.joint_fraction=0", *overrides])

@@ -14,7 +14,8 @@ OLD_KEYS = ("model.n_blocks", "model.architecture.n_blocks")
 _GONE = {
     "time_step_masking": "training.progressive: {training_objective: diffusion, time_interpretation: depth}",
     "num_time_steps": "model.architecture.n_stacks, one Stack for each interval of noise levels",
-    "time_step_mask_fractions": "training.diffusion.levels, a list of rates from 1 down to 0",
+    "time_step_mask_fractions": "training.diffusion.levels, a list of rates from 1 down to 0, or for mlm "
+    "training.masking.stack_rates, one rate a Stack",
 }
 """Old keys of ``training`` (or its section ``progressive``) whose meaning has moved: what to write."""
 

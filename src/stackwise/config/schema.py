@@ -572,6 +572,12 @@ class MaskingConfig(Section):
     max_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         None, description="Each sequence has a rate of its own, evenly between rate and this; null: all have rate"
     )
+    stack_rates: Annotated[
+        tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(_tuple)
+    ] | None = Field(
+        None, description="strategy progressive: the rate while each Stack is the new one, in order (a first time for "
+        "high rates, a last one for low ones); rate holds in a joint phase and where the run is scored; null: rate"
+    )  # fmt: skip
     unit: Literal["token", "word", "span"] = Field(
         "token", description="What is masked or left as a whole; word: needs a tokenizer that marks words"
     )
@@ -588,6 +594,8 @@ class MaskingConfig(Section):
             )
         if self.max_rate is not None and self.max_rate < self.rate:
             raise conflict("max_rate", f"{self.max_rate} is below rate ({self.rate})")
+        if self.stack_rates is not None and self.max_rate is not None:
+            raise conflict("stack_rates", f"{list(self.stack_rates)} and max_rate ({self.max_rate}) are both set")
         if self.span_length != type(self).model_fields["span_length"].default and self.unit != "span":
             raise conflict("span_length", f"{self.span_length:g} is read when unit is span (it is {self.unit})")
         return self
@@ -962,6 +970,7 @@ class StackWiseConfigFields(Section):
                     "or training.progressive.training_objective: clm",
                 )
         self._check_diffusion()
+        self._check_masking()
         tokenizer, family = self.data.tokenizer, self.model.tokenizer_embedding.family
         if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
             raise conflict(
@@ -1073,6 +1082,24 @@ class StackWiseConfigFields(Section):
                 raise conflict("training.diffusion.block_length", f"{block} goes with attention over all tokens")
         if time == "depth":
             self._check_depth()
+
+    def _check_masking(self) -> None:
+        """Masking rates of the Stacks."""
+        rates, training = self.training.masking.stack_rates, self.training
+        if rates is None:
+            return
+        key, progressive = "training.masking.stack_rates", training.progressive
+        if training.objective != "mlm" or training.strategy != "progressive":
+            raise conflict(
+                key,
+                f"{list(rates)} is read by mlm with strategy progressive (training_objective is {training.objective}, "
+                f"strategy {training.strategy})",
+            )
+        if len(rates) != self.target_stacks:
+            raise conflict(key, f"has {len(rates)} entries for {self.target_stacks} Stacks; give one a Stack")
+        if progressive.cache_activations or progressive.building_mode == "interleave":
+            what = "cache_activations" if progressive.cache_activations else "building_mode: interleave"
+            raise conflict(key, f"{list(rates)} cannot go with {what}: each phase has masks of its own")
 
     def _check_depth(self) -> None:
         """Which curricula train Stacks that share the noise levels."""

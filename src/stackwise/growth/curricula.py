@@ -15,7 +15,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import TRAINABLE_PRECISIONS, ObjectiveName, ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
-from stackwise.objectives.depth import intervals_of, levels_of
+from stackwise.objectives.depth import Interval, intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
 
 StepFlops = Callable[[Phase], float]
@@ -375,7 +375,7 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
     """
     variant = config.training.depth_variant
     if variant is None:
-        return drafts
+        return _with_rates(drafts, config.training.masking.stack_rates)
     levels, frozen = levels_of(config), config.training.progressive.trunk_strategy == "frozen"
     found = []
     for draft in _of_expert(drafts, config.training.diffusion.expert):
@@ -395,6 +395,20 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
                 "or choose other training.diffusion.levels"
             )
         found.append(replace(draft, phase=replace(phase, trains=trains, noise=noise)))
+    return found
+
+
+def _with_rates(drafts: list[Draft], rates: tuple[float, ...] | None) -> list[Draft]:
+    """The phases in which one Stack is new, with its masking rate, where Stacks have their own."""
+    if rates is None:
+        return drafts
+    found = []
+    for draft in drafts:
+        phase = draft.phase
+        for new in phase.growth:
+            rate = rates[new.stack]
+            phase = replace(phase, noise=(Interval(rate, rate, 0, len(phase.stacks)),))
+        found.append(replace(draft, phase=phase))
     return found
 
 

@@ -78,7 +78,8 @@ class Phase:
             boundary is recomputed as the cache would hold it.
         examples: the batches of the phase: (first, count) of the run's stream, taken again from the first when they are
             through; ``None``: they go on where the phase before ended. Phases that share a cache name the same ones.
-        noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken.
+        noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken; of mlm: the
+            masking rates, where the phase has its own.
         objective: ``None``: that of the run.
     """
 

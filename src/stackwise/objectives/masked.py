@@ -1,5 +1,8 @@
 """Masked language modelling (BERT, 1810.04805 §3.1)."""
 
+from copy import copy
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +13,7 @@ from stackwise.data.batches import Batch
 from stackwise.data.hashing import uniform
 from stackwise.data.masking import bert_mask
 from stackwise.objectives.base import CrossEntropyObjective, Example
+from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
 
 ROW_RATE = 10
@@ -43,13 +47,23 @@ class MaskedObjective(CrossEntropyObjective):
     ) -> None:
         self.masking, self.seed, self.starts = masking, seed, starts
         self.mask_id, self.special_ids, self.vocab_size = mask_id, special_ids, vocab_size
+        self.rates = (masking.rate, masking.max_rate or masking.rate)
+
+    def during(self, noise: tuple[Interval, ...]) -> Self:
+        """With the rates of a phase that has its own."""
+        if not noise:
+            return self
+        (interval,) = noise
+        chosen = copy(self)
+        chosen.rates = (interval.low, interval.high)
+        return chosen
 
     def corrupt(self, batch: Batch) -> Example:
         masking = self.masking
-        rate: float | NDArray[np.float64] = masking.rate
-        if masking.max_rate is not None:
-            u = uniform(self.seed, batch.epoch, batch.sample, 0, stream=ROW_RATE)
-            rate = masking.rate + (masking.max_rate - masking.rate) * u
+        low, high = self.rates
+        rate: float | NDArray[np.float64] = low
+        if high > low:
+            rate = low + (high - low) * uniform(self.seed, batch.epoch, batch.sample, 0, stream=ROW_RATE)
         inputs, targets = bert_mask(
             batch.tokens[:, :-1],
             batch.epoch,
