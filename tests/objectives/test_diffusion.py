@@ -10,6 +10,7 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.config.schema import DiffusionConfig
 from stackwise.data.batches import Batch
+from stackwise.errors import ConfigError
 from stackwise.generation.denoisers import RackDenoiser, generate_blocks
 from stackwise.generation.diffusion import unmask
 from stackwise.model.architecture import create_rack_from_config
@@ -234,6 +235,39 @@ def test_the_mean_of_the_training_loss_is_the_bound(weighting, variant):
         example = objective.corrupt(batch_of(TEXT, 12, epoch))
         found.append(float(objective.loss(rack, example, 1.0 / example.n_targets).detach()))
     assert abs(np.mean(found) - wanted / L) < 4 * np.std(found) / len(found) ** 0.5 + 2e-3
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+@pytest.mark.parametrize("weighting", ["stratified", "exact_counts"])
+def test_training_may_weigh_the_rates_otherwise_and_the_score_stays_the_bound(weighting, power):
+    """Of density (2 − power) · rate^(1 − power); with exact counts n of L tokens are the rate n / L."""
+    settings = config(weighting=weighting, weight_power=power)
+    rack, objective = rack_of(settings), objective_of(settings)
+    subsets = [s for n in range(1, L + 1) for s in itertools.combinations(range(L), n)]
+    nats = {}
+    for gone in subsets:
+        log_p = log_probabilities(rack, objective, hidden(TEXT, gone), 0.5)
+        nats[gone] = -sum(float(log_p[i, TEXT[i]]) for i in gone)
+    wanted, rates = 0.0, (np.arange(2000) + 0.5) / 2000
+    for gone in subsets:
+        n = len(gone)
+        if weighting == "exact_counts":
+            probability, weight = 1 / L / math.comb(L, n), (2 - power) * (L / n) ** power
+            wanted += probability * weight * nats[gone]
+        else:
+            wanted += np.mean(rates**n * (1 - rates) ** (L - n) * (2 - power) / rates**power) * nats[gone]
+    found = []
+    for epoch in range(300):
+        example = objective.corrupt(batch_of(TEXT, 12, epoch))
+        found.append(float(objective.loss(rack, example, 1.0 / example.n_targets).detach()))
+    assert abs(np.mean(found) - wanted / L) < 4 * np.std(found) / len(found) ** 0.5 + 2e-3
+    plain = objective_of(config(weighting=weighting))
+    assert (draws_of(rack, objective, TEXT, 50) == draws_of(rack, plain, TEXT, 50)).all()
+
+
+def test_one_pass_has_one_rate_a_stack_and_no_weights_of_rates():
+    with pytest.raises(ConfigError, match=r"weight_power: 0\.5 is not read by depth_variant prefix"):
+        config(time="depth", depth_variant="prefix", weight_power=0.5)
 
 
 def test_blocks_are_bounded_block_by_block_and_see_only_what_is_before_them():

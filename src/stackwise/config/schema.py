@@ -609,6 +609,11 @@ class DiffusionConfig(Section):
         description="stratified: rates spread evenly over the batch, weight 1/rate; exact_counts: so many tokens "
         "masked exactly, and their plain mean",
     )
+    weight_power: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0,
+        description="Training weighs rates by 1/rate to this power: 1: the loss is the bound; 0: all masked tokens "
+        "count alike; between them gradients are less noisy and short runs learn faster. Scores are always the bound",
+    )
     min_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(1e-3, description="stratified: the lowest rate")
     block_length: PositiveInt | None = Field(
         None,
@@ -1047,6 +1052,11 @@ class StackWiseConfigFields(Section):
             raise conflict(
                 "training.diffusion.weighting",
                 f"{diffusion.weighting!r} is not read by depth_variant prefix, whose Stacks have one rate each",
+            )
+        if time == "depth" and diffusion.depth_variant == "prefix" and diffusion.weight_power != 1.0:
+            raise conflict(
+                "training.diffusion.weight_power",
+                f"{diffusion.weight_power:g} is not read by depth_variant prefix, whose Stacks have one rate each",
             )
         if diffusion.weighting != "stratified" and diffusion.min_rate != DiffusionConfig().min_rate:
             raise conflict(

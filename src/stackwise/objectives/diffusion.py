@@ -1,7 +1,7 @@
 """Masked diffusion: tokens hidden at every rate, weighted so that the loss bounds −log p.
 
 With c(r) the mean cross-entropy of a token masked at rate r, −log p(x) ≤ L ∫₀¹ c(r) dr whatever the schedule (MDLM
-2406.07524 §3; RADD 2406.03736 §4). Both forms of the loss estimate it, in nats a token.
+2406.07524 §3; RADD 2406.03736 §4). Both forms of the loss estimate it, in nats a token, where ``weight_power`` is 1.
 
 B sequences, T tokens, S tokens of a block.
 """
@@ -84,12 +84,13 @@ class DiffusionObjective(CrossEntropyObjective):
         return self.during(intervals_of(self.variant, self.levels, [stack.stack_id for stack in rack.stacks]))
 
     def corrupt(self, batch: Batch) -> Example:
-        return self._noised(batch, exact=self.settings.weighting == "exact_counts")
+        return self._noised(batch, self.settings.weighting == "exact_counts", self.settings.weight_power)
 
     def evaluated(self, batch: Batch) -> Example:
-        return self._noised(batch, exact=True)
+        return self._noised(batch, exact=True, power=1.0)
 
-    def _noised(self, batch: Batch, exact: bool) -> Example:
+    def _noised(self, batch: Batch, exact: bool, power: float) -> Example:
+        """The example whose loss is a mean over rates of density (2 − power) · rate^(1 − power); power 1: the bound."""
         tokens = batch.tokens[:, :-1]
         fixed = protected(tokens, self.special_ids, self.vocab_size)
         u = mask_uniforms(tokens, batch.epoch, batch.sample, seed=self.seed)
@@ -107,12 +108,12 @@ class DiffusionObjective(CrossEntropyObjective):
         if exact:
             counts = np.minimum(np.maximum(np.ceil(level * there), 1), there).astype(np.int64)
             hidden = count_mask(blocks, counts, ~loose)
-            weight = there / np.maximum(counts, 1)
+            weight = (2.0 - power) * (there / np.maximum(counts, 1)) ** power
             level = counts / np.maximum(there, 1)
         else:
             level = np.maximum(level, self.settings.min_rate)
             hidden = rate_mask(blocks, level[:, None], ~loose)
-            weight = 1.0 / level
+            weight = (2.0 - power) / level**power
         hidden = hidden.reshape(tokens.shape)
         loose_tokens = (~fixed).sum(axis=1)
         told = hidden.sum(axis=1) / np.maximum(1, loose_tokens) if self.conditioned == "masked" else level[::n_blocks]
