@@ -447,7 +447,7 @@ class ScheduleConfig(Section):
     span: Literal["run", "phase"] = Field("run", description="Decay once over the whole run, or within every phase")
 
 
-ObjectiveName = Literal["clm", "mlm", "diffusion", "custom"]
+ObjectiveName = Literal["clm", "mlm", "diffusion", "custom", "classification"]
 PrecisionName = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
 TRAINABLE_PRECISIONS = ("full", "bfloat16")
 """Storage of weights that can train: the others are too coarse for an update, or (half) would need loss scaling."""
@@ -498,8 +498,8 @@ class ProgressiveConfig(Section):
     training_objective: ObjectiveName = Field(
         "clm",
         description="clm: next token; mlm: masked tokens; diffusion: masked tokens at every rate, a bound on the "
-        "likelihood (mlm and diffusion need bidirectional attention); custom: targets in the batches of a data loader "
-        "(from Python)",
+        "likelihood (mlm and diffusion need bidirectional attention); custom: targets in the batches of a data loader, "
+        "classification: the class of each sequence there (both from Python)",
     )
 
 
@@ -670,6 +670,16 @@ class DiffusionConfig(Section):
         return self
 
 
+class ClassificationConfig(Section):
+    """The class of a sequence, scored by the first rows of the head."""
+
+    classes: Annotated[int, Field(ge=2)] = Field(2, description="Number of classes: labels are 0 to classes − 1")
+    pooling: Literal["last", "mean"] | None = Field(
+        None, description="What the head reads: the last real token, or the mean over all; null: last where attention "
+        "is causal, else mean"
+    )  # fmt: skip
+
+
 class QLoRAConfig(Section):
     """Low-rank adapters (LoRA 2106.09685, QLoRA 2305.14314) on every linear layer of attention and feed-forward."""
 
@@ -818,6 +828,7 @@ class TrainingConfig(Section):
     progressive: ProgressiveConfig = ProgressiveConfig()
     masking: MaskingConfig = MaskingConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    classification: ClassificationConfig = ClassificationConfig()
     qlora: QLoRAConfig = QLoRAConfig()
     cache: CacheConfig = CacheConfig()
     offload: Literal["none", "host", "disk"] = Field(
@@ -976,6 +987,16 @@ class StackWiseConfigFields(Section):
                 )
         self._check_diffusion()
         self._check_masking()
+        if training.objective != "classification" and training.classification != ClassificationConfig():
+            raise conflict(
+                "training.classification",
+                f"is read by classification (training_objective is {training.objective})",
+            )
+        if training.objective == "classification" and progressive.cache_activations:
+            raise conflict(
+                "training.progressive.cache_activations",
+                "true needs batches of a token store; classification takes them from a data loader",
+            )
         tokenizer, family = self.data.tokenizer, self.model.tokenizer_embedding.family
         if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
             raise conflict(

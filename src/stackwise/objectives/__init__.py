@@ -4,6 +4,7 @@ from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.objectives.base import Example, Objective, Score
 from stackwise.objectives.causal import CausalObjective
+from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.custom import CustomObjective
 from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
@@ -11,6 +12,7 @@ from stackwise.objectives.masked import MaskedObjective
 
 __all__ = [
     "CausalObjective",
+    "ClassificationObjective",
     "CustomObjective",
     "DiffusionObjective",
     "Example",
@@ -37,6 +39,9 @@ def create_objective(
         return CausalObjective()
     if name == "custom":
         return CustomObjective()
+    if name == "classification":
+        pooling = training.classification.pooling or ("last" if config.attention_mode == "causal" else "mean")
+        return ClassificationObjective(training.classification, pooling)
     if tokenizer is None:
         raise UserError(f"{key} needs the tokenizer, for its mask token")
     if tokenizer.mask_id is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from stackwise.data.batches import Batch
 from stackwise.model.architecture import Rack
 from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE, linear_cross_entropy, linear_cross_entropy_terms
+
+Labels = Literal["inputs", "positions", "sequences"]
+"""What the labels of a batch are: the inputs themselves, the target of each position, the class of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Objective(Protocol):
     name: str
     predicts_every_token: bool
     """Whether the score is of the likelihood of the whole text, so that bits per byte mean something."""
+    labels: Labels
     is_bound: bool
     """Whether the score bounds the negative log-likelihood, by random draws, and is not the thing itself."""
 
@@ -135,6 +139,7 @@ class CrossEntropyObjective(ABC):
     """Loss and score of the objectives that predict one token at each target position."""
 
     is_bound = False
+    labels: Labels = "inputs"
     excluded: int | None = None
     """A token that is never predicted."""
 

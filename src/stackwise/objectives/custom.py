@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stackwise.data.batches import Batch
-from stackwise.objectives.base import CrossEntropyObjective, Example
+from stackwise.objectives.base import CrossEntropyObjective, Example, Labels
 
 
 class CustomObjective(CrossEntropyObjective):
@@ -16,6 +16,7 @@ class CustomObjective(CrossEntropyObjective):
 
     name = "custom"
     predicts_every_token = False
+    labels: Labels = "positions"
 
     def corrupt(self, batch: Batch) -> Example:
         if batch.targets is None:

@@ -30,6 +30,7 @@ from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, sta
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.rack import Block
 from stackwise.model.spec import BlockSpec
+from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.ops.boundary import BoundaryLayout
@@ -497,10 +498,12 @@ class PhaseCoster:
         return not self._spec.freeze_embeddings
 
     def _loss_of(self, phase: Phase) -> Callable[[Rack, Tensor], Tensor] | None:
-        """The loss of a micro-batch of diffusion, where it is not that of all Stacks in a row over the tokens."""
+        """The loss of a micro-batch, where it is not that of all Stacks in a row over the tokens."""
         training = self.config.training
         variant, block = training.depth_variant, training.diffusion.block_length
         told = training.progressive.time_interpretation == "input"
+        if self._objective_of(phase) == "classification":
+            return partial(_dry_loss, ClassificationObjective(training.classification, "mean"))
         if self._objective_of(phase) != "diffusion" or (variant is None and block is None and not told):
             return None
         levels = (1.0, 0.0) if variant is None else levels_of(self.config)
@@ -566,7 +569,7 @@ class PhaseCoster:
         return self._facts[key]
 
 
-def _dry_loss(objective: DiffusionObjective, rack: Rack, inputs: Tensor) -> Tensor:
+def _dry_loss(objective: DiffusionObjective | ClassificationObjective, rack: Rack, inputs: Tensor) -> Tensor:
     """The loss of an example of the right shapes: rows shared among the Stacks as a step shares them on average."""
     return objective.loss(rack, objective.typical(inputs), 1.0)
 

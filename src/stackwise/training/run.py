@@ -81,9 +81,10 @@ def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
 def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
-    if "custom" in config.training.objectives:
+    labelled = [name for name in config.training.objectives if name in ("custom", "classification")]
+    if labelled:
         raise UserError(
-            "training.progressive.training_objective: 'custom' takes its targets from a data loader, in Python "
+            f"training.progressive.training_objective: {labelled[0]!r} takes its targets from a data loader, in Python "
             "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
         )
     config = resolve_family(config)

@@ -49,6 +49,10 @@ class TokenSource:
     repeatable = True
 
     def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
+        if objective.labels != "inputs":
+            raise UserError(
+                f"the objective {objective.name} takes labels, which a token array has not; give batches with labels"
+            )
         self._loader, self._objective = loader, objective
 
     def during(self, objective: Objective) -> TokenSource:
@@ -64,8 +68,8 @@ class IterableSource:
 
     A batch is a tensor of ids, a pair (input_ids, labels) or a mapping with ``input_ids`` and, if any,
     ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
-    shifted here. With the objective custom they are each position's own target, and nothing is shifted. Padded
-    positions never count.
+    shifted here. With the objective custom they are each position's own target, and nothing is shifted; with
+    classification, (B,), the class of each sequence. Padded positions never count.
     """
 
     repeatable = False
@@ -83,21 +87,28 @@ class IterableSource:
     def example(self, step: int) -> Example:
         ids, mask, labels = _unpack(self._next())
         B = len(ids)
-        custom = self._objective.name == "custom"
-        if custom and labels is None:
-            raise UserError("the objective custom needs batches with labels: the target of each position")
-        if not custom and labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
+        kind = self._objective.labels
+        if kind != "inputs":
+            wanted = (B,) if kind == "sequences" else tuple(ids.shape)
+            if labels is None or tuple(labels.shape) != wanted:
+                what = "the class of each sequence" if kind == "sequences" else "the target of each position"
+                found = "" if labels is None else f", {wanted}, not {tuple(labels.shape)}"
+                raise UserError(f"the objective {self._objective.name} needs batches with labels: {what}{found}")
+        elif labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
             raise UserError(
                 "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing "
                 "counts (shifting and masking is done here)"
             )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        counts = real if labels is None or custom else real & (labels != IGNORE)
+        counts = real if labels is None or kind != "inputs" else real & (labels != IGNORE)
         sample = np.arange(self._sample, self._sample + B)
         self._sample += B
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
-        given = labels.numpy() if custom and labels is not None else None
+        given = labels.numpy() if kind != "inputs" and labels is not None else None
+        if kind == "sequences":
+            example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
+            return replace(example, attention_mask=None if mask is None else real)
         example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
         if example.weights is not None or example.clean is not None:
             if mask is not None or bool((~counts).any()):

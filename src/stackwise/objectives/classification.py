@@ -1,0 +1,94 @@
+"""The class of a sequence.
+
+B sequences, T tokens, C width, N classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stackwise.config.schema import ClassificationConfig
+from stackwise.data.batches import Batch
+from stackwise.errors import UserError
+from stackwise.model.architecture import Rack
+from stackwise.objectives.base import CrossEntropyObjective, Example, Labels, Score, scored
+from stackwise.ops.losses import linear_cross_entropy, linear_cross_entropy_terms
+
+
+class ClassificationObjective(CrossEntropyObjective):
+    """Predicts one class for each sequence, from what the head reads at its last token, or on average.
+
+    The rows 0 to N − 1 of the head score the classes, so a Rack needs no other parts for it, and one trained with any
+    objective can go on with this one. Batches come from a data loader that gives ``labels`` (B,).
+
+    Args:
+        settings: ``training.classification``.
+        pooling: ``last`` (real token) or ``mean`` (over real tokens).
+    """
+
+    name = "classification"
+    predicts_every_token = False
+    labels: Labels = "sequences"
+
+    def __init__(self, settings: ClassificationConfig, pooling: Literal["last", "mean"]) -> None:
+        self.classes, self.pooling = settings.classes, pooling
+
+    def corrupt(self, batch: Batch) -> Example:
+        if batch.targets is None:
+            raise ValueError("the objective classification needs batches with targets (labels)")
+        strange = batch.targets[(batch.targets < 0) | (batch.targets >= self.classes)]
+        if strange.size:
+            raise UserError(
+                f"labels: {strange[0]} is no class; training.classification.classes is {self.classes}, so they are "
+                f"0 to {self.classes - 1}"
+            )
+        return Example(torch.from_numpy(batch.tokens[:, :-1]), torch.from_numpy(batch.targets))
+
+    def typical(self, inputs: Tensor) -> Example:
+        """An example of the shapes that a step of sequences (B, T) has."""
+        return Example(inputs, inputs[:, 0])
+
+    def pooled(self, rack: Rack, example: Example) -> Tensor:
+        """(B, C): of each sequence, what the head's matrix reads."""
+        if rack.vocab_size < self.classes:
+            raise UserError(
+                f"training.classification.classes: {self.classes}, but the head has {rack.vocab_size} rows "
+                "(model.vocab_size)"
+            )
+        hidden, mask = self.hidden(rack, example), example.attention_mask
+        if self.pooling == "mean":
+            if mask is None:
+                return hidden.mean(dim=1)
+            real = mask[..., None].to(hidden.dtype)
+            return (hidden * real).sum(dim=1) / real.sum(dim=1).clamp(min=1.0)
+        if mask is None:
+            return hidden[:, -1]
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return hidden[torch.arange(len(last), device=mask.device), last]
+
+    def _head(self, rack: Rack) -> tuple[Tensor, Tensor | None]:
+        bias = rack.head_bias
+        return rack.head_weight[: self.classes], None if bias is None else bias[: self.classes]
+
+    def logits(self, rack: Rack, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) ids, and a boolean (B, T) where there is padding → (B, N)."""
+        weight, bias = self._head(rack)
+        hidden = self.pooled(rack, Example(input_ids, input_ids[:, 0], attention_mask))
+        return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+
+    def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
+        weight, bias = self._head(rack)
+        return linear_cross_entropy(self.pooled(rack, example), weight, example.targets, scale, bias=bias)
+
+    @torch.no_grad()
+    def score(self, rack: Rack, batch: Batch) -> Score:
+        example = self.corrupt(batch)
+        on_device, (weight, bias) = example.to(rack.device), self._head(rack)
+        terms, right = linear_cross_entropy_terms(
+            self.pooled(rack, on_device), weight, on_device.targets, bias=bias
+        )  # fmt: skip
+        judged = torch.ones_like(right[:, None], device="cpu")
+        return scored(Example(example.inputs, example.targets[:, None]), terms[:, None], right[:, None], judged)
