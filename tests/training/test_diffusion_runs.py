@@ -335,3 +335,55 @@ def test_an_experts_phase_is_about_its_own_levels_alone(folder):
     assert phase.stacks == (0, 2) and phase.trains == ("stack.2",) and phase.steps == 6
     assert [(i.start, i.stop, i.trains) for i in phase.noise] == [(0, 1, False), (1, 2, True)]
     assert phase.noise[1].high == pytest.approx(1 / 3) and phase.growth[0].source == 0
+
+
+@pytest.mark.parametrize("name", ["blocks", "input", "experts, grown", "prefix", "suffix"])
+def test_compiled_stacks_take_the_same_steps(folder, tmp_path, name):
+    settings = config(folder, *KINDS[name], "training.optimizer.eps=1e-3")  # so that rounding stays rounding
+    plain = load_after(settings, tmp_path / "plain")
+    compile_, built = torch.nn.Module.compile, []
+
+    def eagerly(module, **options):
+        built.append(module)
+        return compile_(module, backend="aot_eager", **options)
+
+    with mock.patch.object(torch.nn.Module, "compile", eagerly):
+        compiled = load_after(settings.override(["training.compile=true"]), tmp_path / "compiled")
+    assert len(built) >= 3
+    for part, tensor in plain.items():
+        torch.testing.assert_close(compiled[part], tensor, rtol=1e-3, atol=1e-4)
+
+
+def load_after(settings, out):
+    train_run(settings, out, SilentReporter())
+    return {name: p.detach() for name, p in load(out).rack.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["experts, grown", "suffix, grown", "prefix, grown"])
+def test_a_joint_phase_after_growing_trains_all_levels_and_all_weights(folder, tmp_path, name):
+    settings = config(folder, *KINDS[name], "training.progressive.joint_fraction=0.4", "training.max_steps=10")
+    phases = build_phases(settings)
+    assert [phase.name for phase in phases] == ["stack 0", "stack 1", "stack 2", "joint"]
+    joint = phases[-1]
+    assert all(interval.trains for interval in joint.noise) and "embedding" in joint.trains and "head" in joint.trains
+    assert sorted((i.low, i.high) for i in joint.noise) == sorted((i.low, i.high) for i in phases[2].noise)
+    summary = train_run(settings, tmp_path / "run", SilentReporter())
+    starts = sum(phase.steps for phase in phases[:-1])
+    before, after = (dict(load(tmp_path / "run", step).rack.named_parameters()) for step in (starts, 10))
+    for key, parameter in after.items():
+        assert not torch.equal(parameter, before[key]), key
+    assert summary["validation"]["bits_per_byte"] > 0 and summary["nelbo"]["draws"] == 1
+
+
+def test_recipes_compare_with_diffusion(folder, tmp_path, capsys):
+    settings = config(folder, "training.max_flops=4e8", "training.max_steps=null")
+    settings = settings.override(["training.strategy=progressive"])
+    file = tmp_path / "base.yaml"
+    file.write_text(settings.to_yaml())
+    recipes = "end-to-end,grown,append-frozen,stackwise"
+    assert main(["compare", str(file), "--recipes", recipes, "--out", str(tmp_path / "all"), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)
+    assert [run["recipe"] for run in runs] == recipes.split(",")
+    for run in runs:
+        assert run["nelbo"]["standard_error"] > 0 and run["validation"]["bits_per_byte"] > 0
+        assert run["flops"] == pytest.approx(4e8, rel=0.1)

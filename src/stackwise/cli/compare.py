@@ -39,7 +39,7 @@ def compare(
             [
                 row["recipe"],
                 str(len(row["phases"])),
-                f"{row['validation']['loss']:.4f}",
+                ("≤ " if "nelbo" in row else "") + f"{row['validation']['loss']:.4f}",
                 "–" if row["validation"]["bits_per_byte"] is None else f"{row['validation']['bits_per_byte']:.4f}",
                 f"{row['flops']:.4g}",
                 size(row["peak_memory_bytes"]),
