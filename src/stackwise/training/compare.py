@@ -29,7 +29,7 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
     A process each, so that one's memory does not show in another's peak.
 
     Returns:
-        For each recipe its name, validation, FLOPs, peak memory, seconds and phases; a phase has fallen when its
+        For each recipe its name, validation (and the NELBO's error, where it is a bound), FLOPs, peak memory, seconds and phases; a phase has fallen when its
         validation loss at the end is below the one before it (the first one: below its first training loss).
 
     Raises:
@@ -68,5 +68,6 @@ def _row(name: str, summary: dict[str, Any]) -> dict[str, Any]:
         end = phase["validation_loss"]
         phases.append({**phase, "fell": end < start})
         before = end
-    kept = {key: summary[key] for key in ("validation", "tokens", "flops", "wall_seconds", "peak_memory_bytes")}
+    keys = ("validation", "nelbo", "tokens", "flops", "wall_seconds", "peak_memory_bytes")
+    kept = {key: summary[key] for key in keys if key in summary}
     return {"recipe": name, **kept, "phases": phases}
