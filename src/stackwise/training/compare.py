@@ -29,8 +29,9 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
     A process each, so that one's memory does not show in another's peak.
 
     Returns:
-        For each recipe its name, validation (and the NELBO's error, where it is a bound), FLOPs, peak memory, seconds and phases; a phase has fallen when its
-        validation loss at the end is below the one before it (the first one: below its first training loss).
+        For each recipe its name, validation (with ``nelbo`` where it is a bound), FLOPs, peak memory, seconds and
+        phases; a phase has fallen when its validation loss at the end is below the one before it (the first one: below
+        its first training loss).
 
     Raises:
         UserError: no such recipe, or its settings do not fit the config. RunError: a run failed.
