@@ -185,7 +185,7 @@ def recipe_names(text: str) -> list[str]:
     """``A,B,…`` or ``all`` as names. UserError, with the nearest name, for one that there is not."""
     names = list(RECIPES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        _recipe(name)
+        _recipe(name, "--recipes")
     if not names:
         raise UserError(f"--recipes: {text!r} names no recipe; allowed: all, {', '.join(RECIPES)}")
     return names
@@ -207,9 +207,9 @@ def apply_recipe(config: StackWiseConfig, name: str) -> StackWiseConfig:
     return StackWiseConfig.from_dict(data, (), f"recipe {name}")
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str, option: str = "--recipe") -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--recipe: {name!r} is not a recipe{hint} (allowed: {', '.join(RECIPES)})")
+        raise UserError(f"{option}: {name!r} is not a recipe{hint} (allowed: {', '.join(RECIPES)})")
     return RECIPES[name]
