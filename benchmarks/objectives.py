@@ -1,6 +1,7 @@
 """Objectives at equal FLOPs on one text: bits per byte, training memory, what sampling costs.
 
-    python benchmarks/objectives.py TEXT [--seeds 0,1] [--flops 1e13] [--only NAME,…] [--out FILE] [--picture FILE]
+    python benchmarks/objectives.py TEXT [--seeds 0,1] [--flops 1e13] [--only NAME,…]
+                                      [--out FILE] [--picture FILE] [--runs FOLDER]
 
 One model for all: 8 Blocks of width 128, 1.6 M parameters, characters, products in bfloat16, Muon. clm is exact, the
 others are bounds with their standard error; they train with weight_power 0.5, all but prefix, which has no such choice.
@@ -125,7 +126,7 @@ def sampling_cost(loaded: Any) -> float:
     return calls / T
 
 
-def run(name: str, seed: int, flops: float, text: str) -> dict[str, Any]:
+def run(name: str, seed: int, flops: float, text: str, runs: Path | None) -> dict[str, Any]:
     import torch
 
     from stackwise.training.progress import SilentReporter
@@ -133,9 +134,10 @@ def run(name: str, seed: int, flops: float, text: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run" if runs is None else runs / f"{name} seed {seed}"
         config = configured(name, seed, flops, text, Path(folder))
-        summary = train_run(config, Path(folder) / "run", SilentReporter())
-        loaded = load(Path(folder) / "run")
+        summary = train_run(config, out, SilentReporter())
+        loaded = load(out)
         return {
             "name": name,
             "seed": seed,
@@ -202,11 +204,12 @@ def main() -> None:
     parser.add_argument("--only", help="names of runs, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file, and keep those that it has")
     parser.add_argument("--picture", type=Path, help="draw bits per byte against K (extra: report)")
+    parser.add_argument("--runs", type=Path, help="keep the runs in this folder (default: they are deleted)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="run one, in this process, and print JSON")
     options = parser.parse_args()
     text = str(Path(options.text).resolve())
     if options.one:
-        print(json.dumps(run(options.one[0], int(options.one[1]), options.flops, text)))
+        print(json.dumps(run(options.one[0], int(options.one[1]), options.flops, text, options.runs)))
         return
     names = options.only.split(",") if options.only else list(RUNS)
     unknown = [name for name in names if name not in RUNS]
@@ -220,6 +223,7 @@ def main() -> None:
             if any((row["name"], row["seed"]) == (name, seed) for row in rows):
                 continue
             command = [sys.executable, __file__, text, "--flops", str(options.flops), "--one", name, str(seed)]
+            command += [] if options.runs is None else ["--runs", str(options.runs)]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
