@@ -30,9 +30,9 @@ help:
 demo: $(VENV)/.stamp-core
 	$(BIN)/stackwise demo --out $(OUT)
 
-# One thread: the tests' tensors are small, and threads that wait for each other on a busy machine double the time.
+# Two processes of one thread: the tests' tensors are small, and threads that wait for each other double the time.
 test: $(VENV)/.stamp-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 $(ARGS)
