@@ -84,6 +84,7 @@ def test_each_step_has_the_loss_of_its_phases_objective(folder, tmp_path, name):
         expected = objective.loss(rack, example, 1.0 / example.n_targets)
         torch.testing.assert_close(losses[last], float(expected), rtol=1e-5, atol=0)
         record = summary["phases"][i]
+        assert record["objective"] == objective_name
         assert (record["bits_per_byte"] is None) == (objective_name == "mlm")
     assert ("nelbo" in summary) == (ORDERS[name][-1] == "diffusion")
 

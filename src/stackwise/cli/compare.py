@@ -24,7 +24,7 @@ def compare(
 ) -> None:
     """Train CONFIG by several recipes at equal true FLOPs, and show what came out side by side."""
     settings = read_config(config, overrides, start)
-    from stackwise.cli.results import print_json, size, table
+    from stackwise.cli.results import bound, print_json, size, table
     from stackwise.growth.recipes import recipe_names
     from stackwise.training.compare import compare_recipes
 
@@ -39,7 +39,7 @@ def compare(
             [
                 row["recipe"],
                 str(len(row["phases"])),
-                ("≤ " if "nelbo" in row else "") + f"{row['validation']['loss']:.4f}",
+                bound(row["validation"]["loss"], row.get("nelbo")),
                 "–" if row["validation"]["bits_per_byte"] is None else f"{row['validation']['bits_per_byte']:.4f}",
                 f"{row['flops']:.4g}",
                 size(row["peak_memory_bytes"]),

@@ -52,9 +52,10 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
+    several = len({p.get("objective") for p in summary["phases"]}) > 1
     rows = [
         [
-            p["name"],
+            f"{p['name']}, {p['objective']}" if several else p["name"],
             f"{p['steps']:,}",
             f"{p['trainable_parameters']:,}",
             f"{p['flops']:.3g}",

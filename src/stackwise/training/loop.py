@@ -66,6 +66,7 @@ class PhaseRecord:
     flops: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
+    objective: str | None = None
     validation_loss: float | None = None
     bits_per_byte: float | None = None
     trainable_parameters: int = 0
@@ -207,7 +208,14 @@ class Loop:
         if not resumed:
             count = sum(p.numel() for p in parameters.values())
             state.records.append(
-                PhaseRecord(phase.name, phase.stack, phase.steps, trainable_parameters=count, storage=stored)
+                PhaseRecord(
+                    phase.name,
+                    phase.stack,
+                    phase.steps,
+                    objective=self._of_phase[1].name,
+                    trainable_parameters=count,
+                    storage=stored,
+                )
             )
         record = state.records[-1]
         check = TrainingCheck(rack, parameters, phase.schedule.warmup_steps)
