@@ -126,7 +126,7 @@ def logits_of(model, ids, side):
 def assert_equal(rack, model, side):
     mask = padding(side)
     ours, theirs = rack(IDS, None if side is None else mask), logits_of(model, IDS, side)
-    torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=3e-5, rtol=1e-5)
 
 
 def assert_gradients_equal(rack, model):

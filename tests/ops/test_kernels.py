@@ -110,7 +110,8 @@ def test_angles_of_16_bit_inputs_are_exact():
     assert fourier_features(x, w).dtype == torch.bfloat16
     assert (fourier_features(x, w) - expected).abs().max() < 2e-3  # rounding of the features alone
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (fourier_features(x.float(), w) - expected).abs().max() < 2e-4
+        # Angles are up to some thousands: fp32 rounds them by up to 5e-4; products in bfloat16 would be off by turns.
+        assert (fourier_features(x.float(), w) - expected).abs().max() < 1e-3
 
 
 def test_unknown_kernels_are_named():
