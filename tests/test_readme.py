@@ -23,10 +23,13 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    training, attention = blocks("python")
+    training, classes, attention = blocks("python")
     exec(compile(training, "README.md", "exec"), {"__name__": "readme"})
     loss, rack = capsys.readouterr().out.split(" ", 1)
     assert 0 < float(loss) < 6 and "Stack" in rack
+    exec(compile(classes, "README.md", "exec"), {"__name__": "readme"})
+    logits = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    assert len(logits) == 3 and max(logits) == logits[1]
     exec(compile(attention, "README.md", "exec"), {"__name__": "readme"})
     shape, layer = capsys.readouterr().out.split("\n", 1)
     assert shape == "torch.Size([2, 100, 512])" and "kv_a_norm" in layer
