@@ -17,7 +17,7 @@ METRICS = {
 }  # fmt: skip
 PHASE = {
     "name", "stack", "steps", "tokens", "flops", "first_loss", "last_loss", "validation_loss", "bits_per_byte",
-    "trainable_parameters", "storage", "peak_memory_bytes", "seconds",
+    "objective", "trainable_parameters", "storage", "peak_memory_bytes", "seconds",
 }  # fmt: skip
 CONFIG = """
 model: {d_model: 20, n_heads: 2, d_ff: 36, architecture: {n_stacks: 3, blocks_per_stack: 1}}
