@@ -139,11 +139,18 @@ def test_what_is_taken_to_train_is_trained_by_the_other_trainer_too():
         ({"labels": torch.zeros(B, T, dtype=torch.int64)}, r"the class of each sequence, \(4,\), not \(4, 9\)"),
         ({"labels": torch.tensor([0, 1, 3, 1])}, "labels: 3 is no class; .* so they are 0 to 2"),
         ({"labels": torch.tensor([0, 1, -1, 1])}, "labels: -1 is no class"),
+        ({"labels": torch.tensor([0.0, 1.0, 0.5, 1.0])}, r"labels are torch\.float32; .* takes whole numbers"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(batch, message):
     with pytest.raises(UserError, match=message):
         IterableSource([padded("right") | batch], objective()).example(0)
+
+
+def test_labels_of_any_integer_type_serve():
+    batch = padded("right")
+    example = IterableSource([batch | {"labels": batch["labels"].to(torch.int32)}], objective()).example(0)
+    assert example.targets.dtype == torch.int64 and torch.equal(example.targets, batch["labels"])
 
 
 def test_what_cannot_be_classified_is_refused(tmp_path, capsys):

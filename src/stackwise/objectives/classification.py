@@ -87,8 +87,6 @@ class ClassificationObjective(CrossEntropyObjective):
     def score(self, rack: Rack, batch: Batch) -> Score:
         example = self.corrupt(batch)
         on_device, (weight, bias) = example.to(rack.device), self._head(rack)
-        terms, right = linear_cross_entropy_terms(
-            self.pooled(rack, on_device), weight, on_device.targets, bias=bias
-        )  # fmt: skip
+        terms, right = linear_cross_entropy_terms(self.pooled(rack, on_device), weight, on_device.targets, bias=bias)
         judged = torch.ones_like(right[:, None], device="cpu")
         return scored(Example(example.inputs, example.targets[:, None]), terms[:, None], right[:, None], judged)

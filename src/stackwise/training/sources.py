@@ -94,6 +94,8 @@ class IterableSource:
                 what = "the class of each sequence" if kind == "sequences" else "the target of each position"
                 found = "" if labels is None else f", {wanted}, not {tuple(labels.shape)}"
                 raise UserError(f"the objective {self._objective.name} needs batches with labels: {what}{found}")
+            if labels.is_floating_point():
+                raise UserError(f"labels are {labels.dtype}; the objective {self._objective.name} takes whole numbers")
         elif labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
             raise UserError(
                 "the labels of a batch differ from its input_ids; give the inputs themselves, -100 where nothing "
@@ -105,7 +107,7 @@ class IterableSource:
         self._sample += B
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
-        given = labels.numpy() if kind != "inputs" and labels is not None else None
+        given = labels.long().numpy() if kind != "inputs" and labels is not None else None
         if kind == "sequences":
             example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
             return replace(example, attention_mask=None if mask is None else real)
