@@ -142,7 +142,7 @@ class Worker:
         """Kills at a random instant of the run's life, or, every other time, in the middle of some piece of writing."""
         run, tokens = self.work / name, self.work / f"{name}-cache" / "tokens"
         unfinished = {
-            "token store": (tokens, ".building-*"),
+            "token store": (tokens, ".store.*.tmp"),
             "checkpoint object": (run / "checkpoints" / "objects", ".*.tmp"),
             "checkpoint manifest": (run / "checkpoints", ".step-*.tmp"),
         }

@@ -12,7 +12,6 @@ import pytest
 
 from stackwise.config.schema import DataConfig
 from stackwise.data import corpora, store
-from stackwise.data.cache import publish
 from stackwise.data.store import encode_files, prepare
 from stackwise.data.tokenizers import ByteTokenizer
 from stackwise.errors import RunError, UserError
@@ -321,7 +320,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, cache) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value).startswith(f"{cache}: the token store cannot be written: the limit on the size of a file")
     assert "\n" not in str(error.value)
-    assert listing(cache / "tokens") == {".lock"}
+    assert listing(cache / "tokens") == set()
     assert prepare(config(path)).train_bytes == 900000
 
 
@@ -339,7 +338,7 @@ def test_an_error_while_building_leaves_nothing(tmp_path, cache, monkeypatch) ->
     monkeypatch.setattr(ByteTokenizer, "encode_many", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(records(tmp_path / "a.jsonl", documents())))
-    assert listing(cache / "tokens") == {".lock"}
+    assert listing(cache / "tokens") == set()
 
 
 def test_a_text_that_changes_while_it_is_tokenized_is_refused(tmp_path, cache, monkeypatch) -> None:
@@ -354,7 +353,7 @@ def test_a_text_that_changes_while_it_is_tokenized_is_refused(tmp_path, cache, m
     monkeypatch.setattr(ByteTokenizer, "encode_many", change)
     with pytest.raises(RunError, match="changed while it was read"):
         prepare(config(path))
-    assert listing(cache / "tokens") == {".lock"}
+    assert listing(cache / "tokens") == set()
 
 
 _PREPARE = """
@@ -392,10 +391,10 @@ def test_a_kill_at_any_instant_leaves_nothing_visible_and_the_next_call_cleans_u
         process = in_process(settings, work, share)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert sum(name.startswith(".building-") for name in os.listdir(cache / "tokens")) == 1
+        assert sum(name.startswith(".store.") for name in os.listdir(cache / "tokens")) == 1
         assert all(name.startswith(".") for name in os.listdir(cache / "tokens"))
     data = prepare(settings)
-    assert sorted(os.listdir(cache / "tokens")) == sorted([".lock", data.key])
+    assert sorted(os.listdir(cache / "tokens")) == [data.key]
     assert set(os.listdir(data.folder)) == {"train.bin", "validation.bin", "meta.json"}
     fresh = prepare(settings, cache_dir=tmp_path / "fresh")
     assert fresh.key == data.key
@@ -408,23 +407,7 @@ def test_processes_that_build_the_same_store_all_end_well(tmp_path, cache) -> No
     processes = [in_process(settings) for _ in range(3)]
     printed = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0] and len(printed) == 1
-    assert sorted(os.listdir(cache / "tokens")) == sorted([".lock", *printed])
-
-
-def test_of_two_that_finish_the_same_folder_the_first_is_kept(tmp_path) -> None:
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "data").write_text(name)
-        publish(tmp_path / name, tmp_path / "stores" / "key")
-    assert (tmp_path / "stores" / "key" / "data").read_text() == "first"
-    assert listing(tmp_path) == {"stores", "stores/key", "stores/key/data"}
-
-
-def test_a_folder_that_cannot_be_put_in_place_is_an_error(tmp_path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "key").write_text("a file")
-    with pytest.raises(NotADirectoryError):
-        publish(tmp_path / "folder", tmp_path / "key")
+    assert sorted(os.listdir(cache / "tokens")) == sorted(printed)
 
 
 def test_work_in_progress_of_a_living_process_is_left_alone(tmp_path, cache, monkeypatch) -> None:
@@ -443,7 +426,7 @@ def test_work_in_progress_of_a_living_process_is_left_alone(tmp_path, cache, mon
     thread.start()
     assert inside.wait(20)
     prepare(config(other))
-    assert sum(name.startswith(".building-") for name in os.listdir(cache / "tokens")) == 1
+    assert sum(name.startswith(".store.") for name in os.listdir(cache / "tokens")) == 1
     go_on.set()
     thread.join()
     assert results[0].n_documents == 29

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from stackwise.errors import RunError, UserError
-from stackwise.training.rundir import RunDir, write_text_atomic
+from stackwise.files import write_text_atomic
+from stackwise.training.rundir import RunDir
 
 LOCKER = """
 import os, sys, time

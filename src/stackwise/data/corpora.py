@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config.schema import DataConfig
-from stackwise.data.cache import cache_root, write_atomic
+from stackwise.data.cache import cache_root
 from stackwise.errors import RunError, UserError
+from stackwise.files import write_atomic
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much is done and how much there is (``None``: not known), in bytes of text."""
@@ -248,7 +249,7 @@ class FileCorpus(Corpus):
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(memo))
+            write_atomic(file, [json.dumps(memo).encode()])
         except OSError:  # a memo only saves time, and the cache may be another user's
             return
 

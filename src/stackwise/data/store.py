@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from stackwise.config.schema import DataConfig
-from stackwise.data.cache import cache_root, publish, scratch_folder
+from stackwise.data.cache import cache_root
 from stackwise.data.corpora import Corpus, Progress, open_corpus, open_files
 from stackwise.data.tokenizers import (
     ByteTokenizer,
@@ -40,6 +40,7 @@ from stackwise.data.tokenizers import (
     train_bpe,
 )
 from stackwise.errors import RunError, UserError
+from stackwise.files import publish, scratch_folder
 
 FORMAT_VERSION = 1
 AUTO_DOCUMENTS = 20
@@ -127,7 +128,7 @@ def prepare(
             if folder.is_dir():
                 return replace(_open(folder, key, tokenizer), mask_added=lacking)
         try:
-            with scratch_folder(root / "tokens") as scratch:
+            with scratch_folder(root / "tokens", "store") as scratch:
                 _build(config, corpus, content, tokenizer, tokenizer_folder, root, scratch, report)
         except OSError as error:
             _raise_unwritten(root, error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from stackwise.errors import RunError, UserError
+from stackwise.files import publish, scratch_folder
 
 BUILT_IN_SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
 """The special tokens of every kind but pretrained; they have the ids 0, 1 and 2."""
@@ -84,22 +84,16 @@ class Tokenizer(ABC):
             RunError: the disk is full or the place cannot be written to.
         """
         folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         description = {"format": _FORMAT, "kind": self.kind, "fingerprint": self.fingerprint}
         try:
-            temporary.mkdir(parents=True)
-            text = json.dumps(description | self._save(temporary), indent=1)
-            (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-            if folder.exists():
-                for path in temporary.iterdir():
-                    os.replace(path, folder / path.name)
-            else:
-                os.rename(temporary, folder)
+            with scratch_folder(folder.parent, folder.name) as scratch:
+                text = json.dumps(description | self._save(scratch), indent=1)
+                (scratch / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+                if folder.is_dir() or not publish(scratch, folder):
+                    for path in scratch.iterdir():
+                        os.replace(path, folder / path.name)
         except OSError as error:
             raise RunError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     @abstractmethod
     def _save(self, folder: Path) -> dict[str, Any]:

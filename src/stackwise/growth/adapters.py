@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.errors import UserError
+from stackwise.files import write_text_atomic
 from stackwise.growth.phases import Adapter, AdapterKind
 from stackwise.model.initialisation import generator
 from stackwise.model.linear import LowRank, linears
@@ -152,7 +153,7 @@ def save_adapters(rack: Rack, folder: str | Path, kind: AdapterKind = "stack") -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 @torch.no_grad()

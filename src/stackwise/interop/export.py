@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import RunError, UserError
+from stackwise.files import publish, scratch_folder
 from stackwise.growth.adapters import adapters_of, plain_rack
 from stackwise.growth.precision import PrecisionManager
 from stackwise.interop.families import Entry, choose_family
@@ -102,30 +101,24 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
     if not causal:
         ids = {"cls_token_id": ids["bos_token_id"], "sep_token_id": ids["eos_token_id"], **ids}
     settings |= {"dtype": "float32", "torch_dtype": "float32", **ids}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_json(temporary / "config.json", settings)
-        if causal:
-            generation = {key: value for key, value in ids.items() if value is not None}
-            _write_json(temporary / "generation_config.json", generation | ({} if family else {"use_cache": False}))
-        _write_weights(temporary, entries, own)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, temporary, max_tokens)
-        for name, text in sources.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        remote = ", trust_remote_code=True" if sources else ""
-        (temporary / "README.md").write_text(
-            _card(architecture, auto_class, remote, rack, max_tokens), encoding="utf-8"
-        )
-        if out.exists():
-            out.rmdir()  # empty
-        os.rename(temporary, out)
+        with scratch_folder(out.parent, out.name) as scratch:
+            _write_json(scratch / "config.json", settings)
+            if causal:
+                generation = {key: value for key, value in ids.items() if value is not None}
+                _write_json(scratch / "generation_config.json", generation | ({} if family else {"use_cache": False}))
+            _write_weights(scratch, entries, own)
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, scratch, max_tokens)
+            for name, text in sources.items():
+                (scratch / name).write_text(text, encoding="utf-8")
+            remote = ", trust_remote_code=True" if sources else ""
+            card = _card(architecture, auto_class, remote, rack, max_tokens)
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+            if not publish(scratch, out):
+                raise UserError(f"{out}: already exists; give a new or an empty folder")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {
         "architecture": architecture,
         "remote_code": bool(sources),

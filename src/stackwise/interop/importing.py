@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,10 @@ from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, open_pretrained
-from stackwise.errors import RunError, UserError
+from stackwise.errors import UserError
 from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
-from stackwise.training.checkpoints import CheckpointStore
-from stackwise.training.loop import RunState
-from stackwise.training.run import IMPORTED
-from stackwise.training.rundir import RunDir
+from stackwise.training.run import write_untrained_run
 
 
 def read_settings(folder: str | Path) -> Settings:
@@ -198,7 +193,7 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
     Returns: {"family", "stacks", "blocks", "parameters"}.
 
     Raises:
-        UserError: the folder cannot be expressed as a Rack, or ``out`` exists.
+        UserError: the folder cannot be expressed as a Rack, or ``out`` exists. RunError: it cannot be written.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -213,24 +208,10 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {rack.vocab_size:,} rows"
         )
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        run = RunDir(temporary)
-        try:
-            temporary.mkdir(parents=True)
-            config.to_yaml(run.config)
-        except OSError as error:
-            raise RunError(f"{out}: cannot be written: {error.strerror or error}") from None
-        tokenizer.save(run.tokenizer)
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in rack.parts()}
-        for part, name, tensor in rack.part_tensors():
-            parts[part][name] = tensor.detach()
-        state = {"fingerprint": IMPORTED, "stacks": list(range(n_stacks)), "run": RunState().to_dict()}
-        CheckpointStore(run.checkpoints).save(0, parts, state)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in rack.parts()}
+    for part, name, tensor in rack.part_tensors():
+        parts[part][name] = tensor.detach()
+    write_untrained_run(out, config, tokenizer, parts, list(range(n_stacks)))
     return {
         "family": family.architecture,
         "stacks": n_stacks,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import RunError, UserError
+from stackwise.files import write_atomic
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
 from stackwise.training.initial import initial_stacks
@@ -80,7 +81,7 @@ def draw_run(run: str | Path, out: str | Path) -> None:
     if kind == "svg":
         content = content.replace(f"'{FONT}'".encode(), f"'{FONT}', Verdana, sans-serif".encode())
     try:
-        out.write_bytes(content)
+        write_atomic(out, [content])
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
 

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from stackwise.errors import RunError, UserError
+from stackwise.files import remove_leftovers, sync_directory, write_atomic
 from stackwise.ops.boundary import CHECKSUM_BYTES, BoundaryLayout
-from stackwise.training.rundir import TEMPORARY_SUFFIX, sync_directory, write_atomic
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -205,8 +205,7 @@ class _DiskRecords:
         folder = cache / boundary.folder_name
         with _writing(folder):
             if found is not None:
-                for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-                    leftover.unlink(missing_ok=True)
+                remove_leftovers(folder, r"segment-\d{6,}\.bin")
                 return found
             if folder.exists():  # a killed process had begun to make or to delete it
                 shutil.rmtree(folder)

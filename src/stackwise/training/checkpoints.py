@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from stackwise.errors import RunError
-from stackwise.training.rundir import TEMPORARY_SUFFIX, sync_directory, write_atomic
+from stackwise.files import remove_leftovers, sync_directory, write_atomic
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 26
@@ -54,6 +54,7 @@ DTYPE_CODES: dict[torch.dtype, str] = {
 CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 _MANIFEST_NAME = re.compile(r"step-(\d{8,})\.json")
+_OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -395,17 +396,16 @@ class CheckpointStore:
 
         Nothing but half-written files goes while a manifest cannot be read, since what it names is then unknown.
         """
-        for folder in (self.folder, self._objects):
-            for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-                path.unlink(missing_ok=True)
+        remove_leftovers(self.folder, _MANIFEST_NAME.pattern)
+        remove_leftovers(self._objects, _OBJECT_NAME.pattern)
         try:
             manifests = [self._read_manifest(step) for step in self._manifest_steps()]
         except CheckpointError:
             return
         named = {entry.sha256 for manifest in manifests for entry in manifest.parts.values()}
         named |= {entry.sha256 for entry in self._deposits.values()}
-        for path in self._objects.glob("*.safetensors"):
-            if path.stem not in named:
+        for path in self._objects.iterdir() if self._objects.is_dir() else ():
+            if _OBJECT_NAME.fullmatch(path.name) and path.stem not in named:
                 path.unlink(missing_ok=True)
                 self._verified.discard(path.stem)
 

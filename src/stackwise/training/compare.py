@@ -10,9 +10,10 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
+from stackwise.files import write_text_atomic
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
-from stackwise.training.rundir import RunDir, write_text_atomic
+from stackwise.training.rundir import RunDir
 
 
 def equal_budget(config: StackWiseConfig) -> float:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.training.checkpoints import CheckpointStore, weights_sha256
-from stackwise.training.loop import RunState
-from stackwise.training.run import IMPORTED, LoadedRun, load
-from stackwise.training.rundir import RunDir
+from stackwise.training.checkpoints import weights_sha256
+from stackwise.training.run import LoadedRun, load, write_untrained_run
 
 
 def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
@@ -25,6 +21,7 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     Returns: {"stacks", "parameters"}.
 
     Raises:
+        RunError: ``out`` cannot be written.
         UserError: ``out`` exists, a run is not of an expert, Stacks are missing or there twice, or the runs do not
             share their embedding, norm, head and Stack 0.
     """
@@ -58,18 +55,7 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     settings = loaded[experts[0]].config.to_dict()
     settings["training"]["diffusion"]["expert"] = None
     config = StackWiseConfig.from_dict(settings)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        run_dir = RunDir(temporary)
-        temporary.mkdir(parents=True)
-        config.to_yaml(run_dir.config)
-        loaded[experts[0]].tokenizer.save(run_dir.tokenizer)
-        state = {"fingerprint": IMPORTED, "stacks": sorted(wanted), "run": RunState().to_dict()}
-        CheckpointStore(run_dir.checkpoints).save(0, tensors, state)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_untrained_run(out, config, loaded[experts[0]].tokenizer, tensors, sorted(wanted))
     return {"stacks": len(wanted), "parameters": sum(t.numel() for named in tensors.values() for t in named.values())}
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import DataConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
-from stackwise.errors import ConfigError, StoppedBySignal, UserError
+from stackwise.errors import ConfigError, RunError, StoppedBySignal, UserError
+from stackwise.files import publish, reason, scratch_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
@@ -30,7 +32,7 @@ from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.training.checkpoints import CheckpointStore
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
-from stackwise.training.loop import Loop
+from stackwise.training.loop import Loop, RunState
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
@@ -104,6 +106,31 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
     return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+
+
+def write_untrained_run(
+    out: Path,
+    config: StackWiseConfig,
+    tokenizer: Tokenizer,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    stacks: Sequence[int],
+) -> None:
+    """Writes weights that came from elsewhere as the new run ``out``, whole or not at all.
+
+    Raises:
+        UserError: something is there. RunError: it cannot be written.
+    """
+    try:
+        with scratch_folder(out.parent, out.name) as scratch:
+            run = RunDir(scratch)
+            write_text_atomic(run.config, config.to_yaml())
+            tokenizer.save(run.tokenizer)
+            state = {"fingerprint": IMPORTED, "stacks": list(stacks), "run": RunState().to_dict()}
+            CheckpointStore(run.checkpoints).save(0, parts, state)
+            if not publish(scratch, out):
+                raise UserError(f"{out}: already exists; give a new folder")
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {reason(error)}") from error
 
 
 def own_data(run: RunDir, config: StackWiseConfig) -> DataConfig:

@@ -1,4 +1,4 @@
-"""The run directory: what it holds, who may train in it, and how its small files are written without tearing.
+"""The run directory: what it holds and who may train in it.
 
 ``config.yaml`` (resolved), ``tokenizer/``, ``metrics.jsonl`` (one object a logged step), ``checkpoints/``, ``cache/``
 and, once the run is complete, ``summary.json``.
@@ -7,58 +7,25 @@ and, once the run is complete, ``summary.json``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from stackwise.errors import RunError, UserError
-
-TEMPORARY_SUFFIX = ".tmp"
-"""Ends the name of every file that is still being written; such a file can be deleted when nobody writes."""
-
-
-def sync_directory(folder: Path) -> None:
-    """Makes the names in ``folder`` durable (a rename or a deletion is not, until its directory is synced)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes ``chunks`` to a temporary file beside ``path``, syncs it and renames it into place.
-
-    ``path`` holds its old content or all of the new one, never a part. The rename itself is durable after
-    ``sync_directory(path.parent)``. Raises OSError, leaving no temporary file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes ``text`` as UTF-8, durably and never in part. RunError in one line when it cannot."""
-    path = Path(path)
-    try:
-        write_atomic(path, [text.encode()])
-        sync_directory(path.parent)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+from stackwise.files import (
+    append,
+    is_leftover,
+    locked,
+    reason,
+    remove_leftovers,
+    sync_directory,
+    write_atomic,
+    write_text_atomic,
+)
 
 
 def finite_json(value: Any, what: str, **options: Any) -> str:
@@ -81,18 +48,11 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(child, f"{key}[{index}]")
 
 
-_held_locks: set[int] = set()
-"""Descriptors of the locks this process holds."""
+_FOLDERS = ("checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard")
+"""In which a run writes."""
 
-
-def _forget_locks_in_child() -> None:
-    # A forked child shares the parent's flock: a data worker that outlives a killed parent would keep the run locked.
-    for descriptor in _held_locks:
-        os.close(descriptor)
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks_in_child)
+_FILES = r"config\.yaml|metrics\.jsonl|summary\.json|tokenizer"
+"""What a killed process may have left half written in the run directory itself."""
 
 
 class RunDir:
@@ -158,7 +118,7 @@ class RunDir:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         # A creation that was killed leaves these two; they are ours.
-        foreign = [name for name in names if name != ".lock" and not name.endswith(TEMPORARY_SUFFIX)]
+        foreign = [name for name in names if name != ".lock" and not is_leftover(name)]
         if foreign:
             raise UserError(f"{self.path} is not empty and not a run (it holds {foreign[0]!r}); choose another --out")
 
@@ -166,33 +126,34 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Holds the run for this process alone; the kernel lets go when the process ends, however it ends.
 
-        UserError when another process holds it.
+        UserError when another process holds it, or when a link lies where the run writes: nothing is written outside.
         """
-        path = self.path / ".lock"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened for writing: {error.strerror or error}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
-            raise UserError(f"{self.path} is being trained by another process (pid {holder})") from None
-        except OSError as error:
-            os.close(descriptor)
-            raise RunError(f"{path}: cannot be locked: {error.strerror or error}") from error
-        _held_locks.add(descriptor)
-        owner = os.getpid()
-        try:
-            with contextlib.suppress(OSError):  # the pid is only for the message; a full disk must not stop a resume
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(owner).encode(), 0)
+        with contextlib.ExitStack() as stack:
+            path = self.path / ".lock"
+            try:
+                descriptor = stack.enter_context(locked(path))
+                self._refuse_links()
+                remove_leftovers(self.path, _FILES)
+            except BlockingIOError as error:
+                holder = error.filename or "unknown"
+                raise UserError(f"{self.path} is being trained by another process (pid {holder})") from None
+            except OSError as error:
+                raise UserError(f"{path}: cannot be opened for writing: {reason(error)}") from None
+            # The pid is only for the message: a full disk must not stop a resume, nor a second name's file be changed.
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_nlink == 1:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             yield
-        finally:
-            if os.getpid() == owner:
-                _held_locks.discard(descriptor)
-                os.close(descriptor)
+
+    def _refuse_links(self) -> None:
+        """UserError when a folder in which the run writes lies elsewhere."""
+        for name in _FOLDERS:
+            folder = self.path / name
+            if folder.is_symlink():
+                raise UserError(
+                    f"{folder} is a symbolic link; a run writes in its own folder only: put the folder itself there"
+                )
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl`` and flushes it. ``metrics`` has an integer ``step`` and finite numbers."""
@@ -200,10 +161,9 @@ class RunDir:
             raise ValueError(f"metrics need an integer step, not {metrics.get('step')!r}")
         line = finite_json(metrics, f"{self.metrics}, step {metrics['step']}") + "\n"
         try:
-            with open(self.metrics, "ab") as file:
-                file.write(line.encode())
+            append(self.metrics, line.encode())
         except OSError as error:
-            raise RunError(f"{self.metrics}: cannot be written: {error.strerror or error}") from error
+            raise RunError(f"{self.metrics}: cannot be written: {reason(error)}") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line; a torn end (the run is being written, or was killed) is left out."""
@@ -216,7 +176,7 @@ class RunDir:
         """
         try:
             self.summary.unlink(missing_ok=True)
-            if not self.metrics.exists():
+            if not os.path.lexists(self.metrics):
                 return
             write_atomic(self.metrics, (line for line, record in self._metric_lines() if record["step"] <= step))
             sync_directory(self.path)
