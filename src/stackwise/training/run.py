@@ -90,13 +90,13 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
             "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
         )
     config = resolve_family(config)
-    run = RunDir.create(out, config.to_yaml())
-    try:
-        return _go(run, config, reporter, None)
-    except UserError:
-        if not run.checkpoints.exists():
-            run.discard()  # nothing was trained: the same command, corrected, may use the same folder
-        raise
+    with RunDir.creating(out, config.to_yaml()) as run:
+        try:
+            return _go(run, config, reporter, None)
+        except UserError:
+            if not run.checkpoints.exists():
+                run.discard()  # nothing was trained: the same command, corrected, may use the same folder
+            raise
 
 
 def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
     if run.is_complete() and step is None:
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
-    return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+    with run.lock():
+        return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
 
 
 def write_untrained_run(
@@ -162,7 +163,7 @@ def _interruptible() -> Iterator[None]:
 
 def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
     try:
-        with _interruptible(), run.lock():
+        with _interruptible():
             return _train(run, config, reporter, step)
     finally:
         reporter.close()

@@ -69,7 +69,16 @@ class RunDir:
 
     @classmethod
     def create(cls, path: str | Path, config_yaml: str) -> Self:
+        """Makes a run that nobody holds; as ``creating``."""
+        with cls.creating(path, config_yaml) as run:
+            return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def creating(cls, path: str | Path, config_yaml: str) -> Iterator[Self]:
         """Makes the folder and, last, its ``config.yaml``: a folder that holds one is a run that can be resumed.
+
+        The run is held for this process alone from before its config is there to the end of the block.
 
         UserError when ``path`` holds a run or anything else, is not a folder, or cannot be written.
         """
@@ -82,7 +91,7 @@ class RunDir:
         with run.lock():
             run._refuse_if_taken()
             write_text_atomic(run.config, config_yaml)
-        return run
+            yield run
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -97,7 +106,10 @@ class RunDir:
         return run
 
     def discard(self) -> None:
-        """Removes a run that has not begun: its config and its tokenizer, and the folder if nothing else is in it."""
+        """Removes a run that has not begun: its config and its tokenizer, and the folder if nothing else is in it.
+
+        The caller holds the run: what another process has begun in the folder meanwhile is not removed with it.
+        """
         shutil.rmtree(self.tokenizer, ignore_errors=True)
         for path in (self.config, self.metrics, self.path / ".lock"):
             path.unlink(missing_ok=True)
