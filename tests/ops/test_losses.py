@@ -1,9 +1,17 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stackwise.ops import losses
 from stackwise.ops.losses import IGNORE, linear_cross_entropy, linear_cross_entropy_terms
+from stackwise.training.memory import PeakMemory
+
+needs_linux = pytest.mark.skipif(
+    not PeakMemory(torch.device("cpu")).measurable, reason="needs a writable /proc/self/clear_refs"
+)
 
 N, C, V = 23, 7, 31
 
@@ -57,8 +65,8 @@ def test_chunks_are_used_when_logits_would_be_large(problem, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * V)
     monkeypatch.setattr(losses, "MIN_ROWS", 1)
     made = []
-    original = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, *a: made.append(x.shape) or original(x, *a))
+    original = losses._logits
+    monkeypatch.setattr(losses, "_logits", lambda h, w, *a: made.append((len(h), len(w))) or original(h, w, *a))
     linear_cross_entropy(hidden, weight, targets)
     assert max(rows for rows, _ in made) == 4 and sum(rows for rows, _ in made) == N
 
@@ -113,3 +121,37 @@ def test_a_bias_on_the_logits_counts_in_loss_gradients_and_terms(problem, chunk)
         torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)
     terms, _ = linear_cross_entropy_terms(hidden, weight, targets, chunk, bias=bias)
     torch.testing.assert_close(terms, F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_a_position_without_a_target_counts_nothing_where_token_0_is_excluded(problem, chunk):
+    hidden, weight, targets = problem
+    targets = targets.clamp(min=1).masked_fill(targets == IGNORE, IGNORE)
+    expected = plain(hidden, weight[1:], torch.where(targets == IGNORE, IGNORE, targets - 1), 0.37)
+    actual = linear_cross_entropy(hidden, weight, targets, 0.37, chunk, excluded=0)
+    torch.testing.assert_close(actual, expected)
+    grads = (torch.autograd.grad(loss, (hidden, weight)) for loss in (actual, expected))
+    for a, e in zip(*grads):
+        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)
+
+
+@needs_linux
+def test_the_chunked_loss_holds_one_chunk_of_logits_beside_its_gradients():
+    """Measured, since a temporary inside a kernel has no tensor."""
+    script = """
+import torch
+from stackwise.ops.losses import linear_cross_entropy
+from stackwise.training.memory import PeakMemory, return_freed_memory
+return_freed_memory()
+N, C, V = 1021, 7, 32003
+hidden, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+targets = torch.arange(N)
+linear_cross_entropy(hidden[:7], weight, targets[:7], chunk=2).backward()  # loads what is used first here
+weight.grad = None
+peak = PeakMemory(torch.device("cpu"))
+linear_cross_entropy(hidden, weight, targets)
+gradients = 4 * (N + V) * C
+print((peak.peak() - gradients) / (4 * 256 * V))
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert 0.95 < float(out) < 1.25, "in chunks of 256 positions"

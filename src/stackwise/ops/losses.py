@@ -53,28 +53,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = _logits(part, matrix, bias, excluded)
-            scale = (target != IGNORE) * scales[start : start + rows]
+            # Logits, then softmax · z, then the gradient, all in place: logsumexp would make a second chunk inside itself.
+            chunk = _logits(part, matrix, bias, excluded)
+            counts = (target != IGNORE)[:, None]
+            scale = counts * scales[start : start + rows, None]
             index = target.clamp(min=0)[:, None]
-            log_z = logits.logsumexp(-1)
-            total += ((log_z - logits.gather(-1, index).squeeze(-1)) * scale).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            # d loss / d logits = (softmax − onehot) · scale at the positions that count
-            grad = logits.sub_(log_z[:, None]).exp_()
-            grad.scatter_add_(-1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-            grad = grad.mul_(scale[:, None])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            own, top = chunk.gather(-1, index), chunk.amax(-1, keepdim=True)
+            z = chunk.sub_(top).exp_().sum(-1, keepdim=True)
+            # Where nothing counts, the logit of token 0 stands in; it is −∞ if that token is excluded.
+            total += ((z.log() + top - own).masked_fill(~counts, 0.0) * scale).sum()
+            if any(ctx.needs_input_grad):
+                # d loss / d logits = (softmax − onehot) · scale at the positions that count
+                chunk.mul_(scale / z).scatter_add_(-1, index, -scale)
+                if grad_bias is not None:
+                    grad_bias += chunk.sum(0)
+                chunk = chunk.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, matrix, out=grad_hidden[start : start + rows])
+                torch.mm(chunk, matrix, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.T, part)
+                if grad_weight.dtype == chunk.dtype:
+                    grad_weight.addmm_(chunk.T, part)
                 else:  # a slice of the vocabulary at a time: no second matrix of the head's size
-                    for some, columns in zip(grad_weight.split(WIDE_ROWS), grad.split(WIDE_ROWS, dim=1)):
+                    for some, columns in zip(grad_weight.split(WIDE_ROWS), chunk.split(WIDE_ROWS, dim=1)):
                         some += columns.T @ part
+            del chunk  # before the next one is made
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None and bias is not None:
