@@ -4,10 +4,11 @@
                                       [--out FILE] [--picture FILE] [--runs FOLDER]
 
 One model for all: 8 Blocks of width 128, 1.6 M parameters, characters, products in bfloat16, Muon. clm is exact, the
-others are bounds with their standard error; they train with weight_power 0.5, all but prefix, which has no such choice.
-Depth as time has K Stacks of 8/K Blocks; "grown" trains one Stack after another, the rest frozen. Each run is a process
-of its own on one thread. Sampling: Blocks run times positions they run on, for each token of a text of 64; clm left to
-right, blocks one token a step (the sampler that the bound is of), prefix one pass, the rest 32 steps.
+others are bounds with their standard error, clustered by sequence; they train with weight_power 0.5, all but prefix,
+which has no such choice. Depth as time has K Stacks of 8/K Blocks; "grown" trains one Stack after another, the rest
+frozen. Each run is a process of its own on one thread. Sampling: Blocks run times positions they run on, for each
+token of a text of 64; clm left to right, blocks one token a step (the sampler that the bound is of), prefix one pass,
+the rest 32 steps.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| objective | bits per byte | tokens | peak MiB | Blocks a token | s |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(row["name"] for row in rows):
         some = [row for row in rows if row["name"] == name]
-        errors = [row["standard_error"] for row in some if row["standard_error"] is not None]
+        errors = [error for row in some if (error := row.get("standard_error")) is not None]
         shown = " / ".join(f"{row['bits_per_byte']:.3f}" for row in some)
         if errors:
             per_nat = some[0]["bits_per_byte"] / some[0]["nats_per_token"]

@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stackwise.config.schema import MaskingConfig
+from stackwise.config.schema import DiffusionConfig, MaskingConfig
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
-from stackwise.objectives import CausalObjective, MaskedObjective
+from stackwise.objectives import CausalObjective, DiffusionObjective, MaskedObjective, Score
 from stackwise.objectives.scoring import bits_per_byte, validate
+from stackwise.ops.losses import IGNORE
 
 V, T = 37, 11
 TOKENS = np.random.default_rng(0).integers(3, V, 7 * T + 5).astype(np.uint16)
@@ -95,3 +96,71 @@ def test_progress_counts_windows():
     calls = []
     score(rack(), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(3, 7), (6, 7), (7, 7)]
+
+
+class OfDraws(CausalObjective):
+    """A stand-in bound: ``nats(window, draw)`` of each row, all of it on as many tokens as ``tokens(window)`` says."""
+
+    is_bound = True
+
+    def __init__(self, nats, tokens=lambda window: T):
+        self.nats, self.tokens = nats, tokens
+
+    def score(self, rack, batch):
+        window = batch.sample // T
+        nats = np.array([self.nats(int(i), int(d)) for i, d in zip(window, batch.epoch)], dtype=float)
+        tokens = np.array([self.tokens(int(i)) for i in window])
+        return Score(nats, tokens, 0, 0, rates=np.full(len(nats), 0.55), means=nats / tokens)
+
+
+def bound_of(objective, draws):
+    return score(rack(), objective, batch_size=2, draws=draws)
+
+
+def test_draws_that_repeat_what_a_sequence_has_make_the_error_no_smaller():
+    nats = (11.0, 33.0, 22.0, 44.0, 55.0, 66.0, 0.0)  # 1 to 6 and 0 a token: mean 3, variance 28 / 6 of 7 sequences
+    for draws in (1, 2, 5, 16):
+        found = bound_of(OfDraws(lambda window, draw: nats[window]), draws)
+        assert found.nelbo["nats_per_token"] == pytest.approx(3.0)
+        assert found.nelbo["standard_error"] == pytest.approx((28 / 6 / 7) ** 0.5)
+        ((rate, mean, error),) = found.curve
+        assert (rate, mean, error) == pytest.approx((0.55, 3.0, (28 / 6 / 7) ** 0.5))
+
+
+def test_sequences_of_unequal_length_count_by_their_tokens():
+    # 4 windows of 1 token and 2 nats, 3 of 4 tokens and 16 nats.
+    lengths = (1, 4, 1, 4, 1, 4, 1)
+    found = bound_of(OfDraws(lambda window, draw: {1: 2.0, 4: 16.0}[lengths[window]], lambda w: lengths[w]), 3)
+    ratio = (4 * 2 + 3 * 16) / 16
+    squares = 4 * (2 - ratio) ** 2 + 3 * (16 - 4 * ratio) ** 2
+    assert found.loss == pytest.approx(ratio)
+    assert found.nelbo["standard_error"] == pytest.approx((7 / 6 * squares) ** 0.5 / 16)
+
+
+class OfPools(DiffusionObjective):
+    """The masks of diffusion, with nats of a masked token that are made up: of its sequence, the rate, its own."""
+
+    def hidden(self, rack, example):
+        self.inputs = example.inputs
+        return example.inputs
+
+    def terms(self, rack, hidden, targets):
+        there = targets != IGNORE
+        tokens = torch.where(there, targets, self.inputs).double()
+        rate = there.double().mean(dim=1, keepdim=True)
+        return (0.3 * tokens.mean(dim=1, keepdim=True) + 2.0 * rate + 0.2 * tokens) * there, there
+
+
+@pytest.mark.parametrize(("draws", "low", "high"), [(1, 0.95, 1.6), (3, 0.8, 1.25), (7, 0.8, 1.25)])
+def test_the_reported_error_is_the_spread_over_texts(draws, low, high):
+    """Of one draw it is larger: rates are spread evenly over sequences, and their spread is in it."""
+    generator, n, length, model = np.random.default_rng(2), 23, 11, rack()
+    found = []
+    for seed in range(150):
+        middle = generator.integers(5, V - 2, size=(n, 1))  # each sequence has a pool of its own
+        text = np.append((middle + generator.integers(-2, 3, size=(n, length))).ravel(), 3)
+        objective = OfPools(DiffusionConfig(), seed=seed, mask_id=2, special_ids=frozenset({0, 1, 2}), vocab_size=V)
+        got = validate(model, objective, text, seq_len=length, batch_size=8, bytes_per_token=1.0, draws=draws)
+        found.append((got.nelbo["nats_per_token"], got.nelbo["standard_error"]))
+    bounds, errors = np.array(found).T
+    assert low < (errors**2).mean() ** 0.5 / bounds.std(ddof=1) < high

@@ -36,6 +36,10 @@ def evaluate(
     for name, value in scores.items():
         if name == "nelbo":
             rows += [[f"bound: {part}", _number(number)] for part, number in value.items()]
+        elif name == "given":
+            rows += [
+                [f"given, not predicted: {part.replace('_', ' ')}", _number(number)] for part, number in value.items()
+            ]
         elif name == "curve":
             rows += [[f"nats where {rate:.0%} is masked", _number(mean)] for rate, mean, _ in value]
         else:

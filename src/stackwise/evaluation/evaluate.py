@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stackwise.data.store import encode_files, prepare
 from stackwise.errors import UserError
 from stackwise.evaluation.entropy import ngram_entropies
 from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.objectives import MaskedObjective, create_objective
-from stackwise.objectives.scoring import bits_per_byte, validate
+from stackwise.objectives.scoring import bits_per_byte, predicted_share, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.training.progress import Reporter
 from stackwise.training.run import load, own_data
@@ -19,7 +21,9 @@ from stackwise.training.rundir import RunDir
 
 
 def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None, reporter: Reporter) -> dict[str, Any]:
-    """Loss, perplexity and bits a byte of the run in ``path``, and the entropies of the same tokens.
+    """Loss, perplexity and bits per byte of the run in ``path``, and the entropies of the same tokens.
+
+    ``given`` says what of the text the objective does not predict and has for free.
 
     Args:
         data: files to score; default the run's validation text.
@@ -54,11 +58,21 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
     scores = result.to_dict()
     if isinstance(objective, MaskedObjective):
         scores |= pseudo_perplexity(loaded.rack, objective, tokens, seq_len, training.batch_size)
-    entropies = ngram_entropies(tokens)
+    entropies = ngram_entropies(tokens, objective.special_ids)
+    bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
     return {
         "step": loaded.step,
         "objective": training.objective,
         **scores,
-        "unigram_bits_per_byte": bits_per_byte(entropies.unigram, bytes_per_token),
-        "bigram_bits_per_byte": bits_per_byte(entropies.bigram, bytes_per_token),
+        "given": _given(tokens, objective.special_ids, tokenizer.end_id),
+        "unigram_bits_per_byte": bits_per_byte(entropies.unigram, bytes_per_predicted),
+        "bigram_bits_per_byte": bits_per_byte(entropies.bigram, bytes_per_predicted),
     }
+
+
+def _given(tokens: np.ndarray, given: frozenset[int], end_id: int) -> dict[str, int]:
+    """How many tokens of the text are not predicted: where nothing else is, the first, which has none before it."""
+    if not given:
+        return {"first_token": 1}
+    ends = int((tokens == end_id).sum()) if end_id in given else 0
+    return {"end_tokens": ends, "other_special_tokens": int(np.isin(tokens, sorted(given)).sum()) - ends}

@@ -111,6 +111,8 @@ class Objective(Protocol):
     predicts_every_token: bool
     """Whether the score is of the likelihood of the whole text, so that bits per byte mean something."""
     labels: Labels
+    special_ids: frozenset[int]
+    """Tokens of a text that are given and never predicted: neither their nats nor their number count. Of clm: none."""
     is_bound: bool
     """Whether the score bounds the negative log-likelihood, by random draws, and is not the thing itself."""
 
@@ -140,8 +142,9 @@ class CrossEntropyObjective(ABC):
 
     is_bound = False
     labels: Labels = "inputs"
+    special_ids: frozenset[int] = frozenset()
     excluded: int | None = None
-    """A token that is never predicted."""
+    """A token whose logit is −∞."""
 
     def during(self, noise: tuple[Interval, ...]) -> Self:
         return self

@@ -87,9 +87,11 @@ class DiffusionObjective(CrossEntropyObjective):
         return self._noised(batch, self.settings.weighting == "exact_counts", self.settings.weight_power)
 
     def evaluated(self, batch: Batch) -> Example:
-        return self._noised(batch, exact=True, power=1.0)
+        # Each draw (an epoch here) moves the rates on by rows: the draws of a sequence are spread over all rates.
+        turn = int(batch.epoch[0] * GOLDEN % 1.0 * len(batch.tokens))
+        return self._noised(batch, exact=True, power=1.0, turn=turn)
 
-    def _noised(self, batch: Batch, exact: bool, power: float) -> Example:
+    def _noised(self, batch: Batch, exact: bool, power: float, turn: int = 0) -> Example:
         """The example whose loss is a mean over rates of density (2 − power) · rate^(1 − power); power 1: the bound."""
         tokens = batch.tokens[:, :-1]
         fixed = protected(tokens, self.special_ids, self.vocab_size)
@@ -99,7 +101,7 @@ class DiffusionObjective(CrossEntropyObjective):
         rows = self.settings.block_length or tokens.shape[1]
         B, n_blocks = len(tokens), tokens.shape[1] // rows
         if n_blocks == 1:
-            rates = self._rates(batch, B)[:, None]
+            rates = np.roll(self._rates(batch, B), turn)[:, None]
         else:  # a rate for each block, spread evenly over all of the batch
             offset = uniform(self.seed, batch.epoch[0], batch.sample[0], 0, stream=BLOCK_RATE)
             rates = 1.0 - ((offset + np.arange(B * n_blocks) * GOLDEN) % 1.0).reshape(B, n_blocks)

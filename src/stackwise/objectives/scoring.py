@@ -1,4 +1,10 @@
-"""The validation score of a Rack under an objective."""
+"""The validation score of a Rack under an objective.
+
+Bits per byte have one definition for all objectives: the nats of all predicted tokens of a text, as bits, over the
+bytes of UTF-8 of that text. End tokens have no bytes: clm predicts them and pays for them; an objective that is given
+them (``Objective.special_ids``) has them for free. What is not scored (of clm the first token of a text, a last window
+that is not full, windows beyond ``max_tokens``) counts neither in the nats nor, by its share of tokens, in the bytes.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +25,22 @@ from stackwise.ops.precision import autocast
 RATE_BINS = 10
 """Points of the curve c(r)."""
 
+_AT_ONCE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a token, e to that power, and bits a byte of text (``None`` if not all is predicted).
+    """Mean nats a predicted token, e to that power, and bits per byte (``None`` if not all text is predicted).
 
     Attributes:
         tokens: that the mean is over.
         accuracy: share of the predicted tokens that were the likeliest; of masked models, of those that were masked.
-        nelbo: where the loss is a bound on −log p of the whole text: nats_per_token, its standard_error over sequences
-            and draws, and how many draws of masks each sequence had.
+        nelbo: where the loss is a bound on −log p of the whole text: nats_per_token, its standard_error, and how many
+            draws of masks each sequence had.
         curve: (share of tokens masked, mean nats of a masked one) in equal parts of the noise levels, and each one's
             standard error.
+
+    Standard errors take the sequences (windows) as independent, but not the draws of one sequence.
     """
 
     loss: float
@@ -48,8 +58,15 @@ class Validation:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Nats a token as bits a byte of UTF-8 text."""
+    """Both are per predicted token."""
     return nats_per_token / math.log(2) / bytes_per_token
+
+
+def predicted_share(tokens: np.ndarray, given: frozenset[int]) -> float:
+    """The share of ``tokens`` (1-D ids) that an objective predicts, to which it gives the ids ``given``."""
+    ids = sorted(given)
+    free = sum(int(np.isin(tokens[i : i + _AT_ONCE], ids).sum()) for i in range(0, len(tokens), _AT_ONCE))
+    return 1 - free / len(tokens)
 
 
 @torch.no_grad()
@@ -70,7 +87,7 @@ def validate(
 
     Args:
         tokens: 1-D ids.
-        bytes_per_token: bytes of text per token of this set.
+        bytes_per_token: bytes of text per token of this set, end tokens among them.
         max_tokens: score about so many, in windows spread evenly; default all.
         draws: masks drawn for each window, where the objective is a bound.
         progress: called with windows done and in all.
@@ -80,26 +97,35 @@ def validate(
     rack.eval()
     objective = objective.of(rack)
     scores: list[Score] = []
+    sequences: list[NDArray[np.int64]] = []
     for draw in range(draws if objective.is_bound else 1):
         for first in range(0, len(starts), batch_size):
             index = starts[first : first + batch_size]
             batch = Batch(windows(tokens, index, seq_len), index, np.full_like(index, draw))
             with autocast(rack.device, compute_dtype):
                 scores.append(objective.score(rack, batch))
+            sequences.append(index)
             if progress is not None:
                 progress(draw * len(starts) + first + len(index), len(starts) * draws)
     for module, training in modes.items():
         module.training = training
-    return _validation(scores, objective, bytes_per_token, draws)
+    bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
+    return _validation(scores, np.concatenate(sequences), objective, bytes_per_predicted, draws)
 
 
-def _validation(scores: list[Score], objective: Objective, bytes_per_token: float, draws: int) -> Validation:
+def _validation(
+    scores: list[Score],
+    sequences: NDArray[np.int64],
+    objective: Objective,
+    bytes_per_predicted: float,
+    draws: int,
+) -> Validation:
     nats, count = (np.concatenate([getattr(score, name) for score in scores]) for name in ("nats", "tokens"))
     loss = float(nats.sum() / count.sum())
     whole = objective.predicts_every_token
     nelbo = None
     if objective.is_bound and whole:
-        error = _standard_error((nats - loss * count) / count.mean())
+        error = clustered_error(nats - loss * count, sequences, float(count.sum()))
         nelbo = {"nats_per_token": loss, "standard_error": error, "draws": draws}
     accuracy = None
     if not whole:
@@ -107,27 +133,36 @@ def _validation(scores: list[Score], objective: Objective, bytes_per_token: floa
     return Validation(
         loss,
         math.exp(min(loss, 700.0)),
-        bits_per_byte(loss, bytes_per_token) if whole else None,
+        bits_per_byte(loss, bytes_per_predicted) if whole else None,
         int(count.sum()),
         accuracy,
         nelbo,
-        _curve(scores),
+        _curve(scores, sequences),
     )
 
 
-def _standard_error(x: NDArray[np.float64]) -> float | None:
-    """Of the mean of ``x``; of a single value it is not known."""
-    return float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
+def clustered_error(residuals: NDArray[np.float64], clusters: NDArray[np.int64], total: float) -> float | None:
+    """Standard error of a ratio Σy / Σx from y − (Σy / Σx) · x of each observation, and Σx.
+
+    Observations of one cluster may depend on each other in any way, clusters may not: the variance is that of the sums
+    of residuals of whole clusters (Cochran, Sampling Techniques, 1977, §9A.2). Of a single cluster it is not known.
+    """
+    _, which = np.unique(clusters, return_inverse=True)
+    sums = np.bincount(which, weights=residuals)
+    n = len(sums)
+    return float((n / (n - 1) * (sums**2).sum()) ** 0.5 / total) if n > 1 else None
 
 
-def _curve(scores: list[Score]) -> tuple[tuple[float, float, float | None], ...] | None:
+def _curve(scores: list[Score], sequences: NDArray[np.int64]) -> tuple[tuple[float, float, float | None], ...] | None:
     """c(r), the mean cross-entropy of a token masked at rate r."""
     rates, means = (np.concatenate([getattr(score, name) for score in scores]) for name in ("rates", "means"))
     if not len(rates):
         return None
     bins = np.clip(np.ceil(rates * RATE_BINS - 1e-9).astype(int) - 1, 0, RATE_BINS - 1)
-    return tuple(
-        (float(rates[bins == k].mean()), float(means[bins == k].mean()), _standard_error(means[bins == k]))
-        for k in range(RATE_BINS)
-        if (bins == k).any()
-    )
+    points = []
+    for k in np.unique(bins):
+        here = bins == k
+        mean = float(means[here].mean())
+        error = clustered_error(means[here] - mean, sequences[here], float(here.sum()))
+        points.append((float(rates[here].mean()), mean, error))
+    return tuple(points)
