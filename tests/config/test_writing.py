@@ -25,7 +25,7 @@ UNUSUAL: list[dict[str, Any]] = [
     {"training": {"max_flops": 5e-324}},
     {"training": {"max_flops": 1.7e308}},
     {"training": {"max_flops": 10**18}},
-    {"training": {"max_tokens": 10**30}},
+    {"training": {"max_tokens": 2**53}},
     {"training": {"seed": 2**63 - 1}},
     {"training": {"optimizer": {"lr": 0.1 + 0.2, "eps": 1e-30, "betas": [0, 0.999999999999]}}},
     {"training": {"grad_clip": None, "progressive": {"phase_fractions": [0.1, 0.2, 0.3, 0.4]}}},

@@ -85,7 +85,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; empty for an empty file. Raises ``ConfigError`` in one line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(yaml_io.MAX_BYTES + 1)  # one more than parse takes
+        text = content.decode("utf-8", "replace" if len(content) > yaml_io.MAX_BYTES else "strict")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except UnicodeDecodeError:

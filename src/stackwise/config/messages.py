@@ -27,6 +27,8 @@ _TYPES = {
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
 }
+_MOST = 100
+"""Problems that are looked at: one is shown, and the others are counted."""
 _COUNTS = ("too_long", "too_short", "missing")
 
 
@@ -182,7 +184,7 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
     problems: dict[str, str] = {}
     wrong_types: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
-    for detail in error.errors():
+    for detail in error.errors(include_url=False)[:_MOST]:
         kind, value = detail["type"], detail["input"]
         entry, owner, location = _entry(schema, detail["loc"])
         context = detail.get("ctx", {})
@@ -225,5 +227,6 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
         problems.setdefault(dotted, message)
     # Of a union, the branch that got further into the value says more.
     lines = [message for key, message in problems.items() if not any(other.startswith(f"{key}[") for other in problems)]
-    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    at_least = "at least " if error.error_count() > _MOST else ""
+    more = f" (and {at_least}{len(lines) - 1} more)" if len(lines) > 1 else ""
     return lines[0] + more

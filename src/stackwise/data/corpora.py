@@ -24,6 +24,7 @@ from stackwise.config.schema import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.errors import RunError, UserError
 from stackwise.files import write_atomic
+from stackwise.reading import JSONError, json_type, parse_json, read_json
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much is done and how much there is (``None``: not known), in bytes of text."""
@@ -238,7 +239,7 @@ class FileCorpus(Corpus):
         """What is remembered of each file; nothing where the memo is missing or damaged, since it only saves time."""
         file = self._memo_file()
         try:
-            memo = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+            memo = {} if file is None else read_json(file)
         except (OSError, ValueError):
             return {}
         return memo if isinstance(memo, dict) else {}
@@ -330,16 +331,11 @@ def _json_lines_documents(path: Path, text_field: str) -> Iterator[Document]:
             if not content.strip():
                 continue
             try:
-                record = json.loads(content)
-            except ValueError as error:
-                problem = (
-                    f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                )
-                raise UserError(f"{where}: not JSON: {problem}") from None
-            except RecursionError:
-                raise UserError(f"{where}: not a record: its JSON is nested too deeply") from None
+                record = parse_json(content, foreign_fields=True)
+            except JSONError as error:
+                raise UserError(f"{where}: {error}") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where}: not a record: it is {_json_type(record)}, not an object with fields")
+                raise UserError(f"{where}: not a record: it is {json_type(record)}, not an object with fields")
             if text := _text_of(record, text_field, where):
                 yield split_text(text)
 
@@ -349,7 +345,7 @@ def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
         raise UserError(_no_field(text_field, record, where))
     text = record[text_field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: the field {text_field!r} (data.text_field) is {_json_type(text)}, not text")
+        raise UserError(f"{where}: the field {text_field!r} (data.text_field) is {json_type(text)}, not text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -362,11 +358,6 @@ def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
 def _no_field(text_field: str, fields: Any, where: str) -> str:
     names = ", ".join(map(repr, fields)) or "none"
     return f"{where}: no field {text_field!r} (data.text_field); its fields: {names}"
-
-
-def _json_type(value: object) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[Document]:

@@ -41,6 +41,7 @@ from stackwise.data.tokenizers import (
 )
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
+from stackwise.reading import read_object
 
 FORMAT_VERSION = 1
 AUTO_DOCUMENTS = 20
@@ -201,7 +202,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData:
     dtype = _dtype(tokenizer)
     arrays = []
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_object(folder / "meta.json")
         for name, tokens in zip(_FILES, meta["tokens"]):
             size = (folder / name).stat().st_size
             if size != tokens * dtype.itemsize:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Library
 
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
+from stackwise.reading import read_object
 
 BUILT_IN_SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
 """The special tokens of every kind but pretrained; they have the ids 0, 1 and 2."""
@@ -320,7 +321,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder}: it holds no tokenizer ({_DESCRIPTION})")
     tokenizer: Tokenizer
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = read_object(file)
         match description["kind"]:
             case "bytes":
                 tokenizer = ByteTokenizer()
@@ -360,9 +361,8 @@ def _read_library(file: Path, key: str) -> Library:
 def _read_object(file: Path, key: str) -> dict[str, Any]:
     """The JSON object in ``file``; empty where there is no such file."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file.name} beside it cannot be read ({error})") from None
-    return data if isinstance(data, dict) else {}

@@ -21,6 +21,7 @@ from stackwise.model.initialisation import generator
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.rack import Rack, Stack
 from stackwise.model.weights import load_weights, save_weights
+from stackwise.reading import read_object
 
 KINDS: tuple[AdapterKind, ...] = ("stack", "progressive")
 _PREFIX = "base_model.model."
@@ -165,7 +166,7 @@ def load_adapters(rack: Rack, folder: str | Path, kind: AdapterKind = "stack") -
     """
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = read_object(folder / "adapter_config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'adapter_config.json'}: cannot be read: {error}") from None
     if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("use_rslora"):

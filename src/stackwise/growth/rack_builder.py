@@ -22,6 +22,7 @@ from stackwise.model.layers import never_trained
 from stackwise.model.lexical import resolve_family
 from stackwise.model.linear import linears
 from stackwise.model.weights import load_weights, save_weights
+from stackwise.reading import parse_json
 
 
 def set_trainable(rack: Rack, parts: Iterable[str], adapters: Iterable[Adapter] = ()) -> None:
@@ -267,8 +268,8 @@ class ProgressiveRackBuilder:
         order = [int(k) for k in metadata["stacks"].split(",") if k]
         rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=self.rack.vocab_size, load_family=False)
         rack.stacks = Stacks(create_stack_from_config(k, self.config) for k in order)
-        PrecisionManager().restore(rack, json.loads(metadata.get("precision", "{}")))
-        restore(rack, json.loads(metadata.get("adapters", "[]")))
+        PrecisionManager().restore(rack, parse_json(metadata.get("precision", "{}")))
+        restore(rack, parse_json(metadata.get("adapters", "[]")))
         own = {f"{part}/{name}": t for part, name, t in rack.part_tensors()}
         _copy_into(own, tensors, path)
         self.rack = rack

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from stackwise.data.tokenizers import Tokenizer, open_pretrained
 from stackwise.errors import UserError
 from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
+from stackwise.reading import read_object
 from stackwise.training.run import write_untrained_run
 
 
@@ -28,12 +28,9 @@ def read_settings(folder: str | Path) -> Settings:
     if not file.is_file():
         raise UserError(f"{folder}: not a Hugging Face folder: it has no config.json")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return settings
 
 
 def family_of(settings: Settings, folder: str | Path) -> Family:
@@ -55,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = {Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            names = {Path(name).name for name in read_object(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error})") from None
         files = [folder / name for name in sorted(names)]

@@ -5,7 +5,6 @@ V rows of the table, E its width, C ``d_model``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,6 +21,7 @@ from stackwise.errors import ConfigError, UserError
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.initialisation import init_weights
 from stackwise.model.rack import Rack
+from stackwise.reading import read_object
 
 EmbeddingOption = Literal["embed_tokens", "lm_head"]
 
@@ -280,12 +280,9 @@ class LexicalKernelManager:
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            return read_object(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{self._key}: {file.name} cannot be read ({error})") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{self._key}: {file.name} holds no object")
-        return data
 
 
 def _some(names: list[str]) -> str:

@@ -36,6 +36,7 @@ from torch import Tensor
 from stackwise.errors import RunError, UserError
 from stackwise.files import remove_leftovers, sync_directory, write_atomic
 from stackwise.ops.boundary import CHECKSUM_BYTES, BoundaryLayout
+from stackwise.reading import read_json
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -189,7 +190,7 @@ class _DiskRecords:
         folder = cache / boundary.folder_name
         path = folder / _MANIFEST
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = read_json(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

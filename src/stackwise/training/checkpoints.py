@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stackwise.errors import RunError
 from stackwise.files import remove_leftovers, sync_directory, write_atomic
+from stackwise.reading import MAX_BYTES, parse_json, read_object
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 26
@@ -143,7 +144,7 @@ class CheckpointStore:
         """
         assert set(unchanged) <= set(parts), f"unchanged parts that are not given: {set(unchanged) - set(parts)}"
         text = json.dumps(state, allow_nan=False)
-        if json.loads(text) != state:
+        if parse_json(text) != state:
             raise ValueError("the state of a checkpoint must come back from JSON as it was: no tuples, no integer keys")
         entries: dict[str, _Object] = {name: self._deposits[name] for name in deposited}
         missing: dict[str, str] = {}  # hash -> a part with that content
@@ -285,7 +286,7 @@ class CheckpointStore:
     def _read_manifest(self, step: int) -> _Manifest:
         path = self._manifest_path(step)
         try:
-            data = json.loads(path.read_bytes())
+            data = read_object(path)
             digest = data.pop("sha256")
             if digest != _digest_of(data):
                 raise ValueError("its content does not match its sha256")
@@ -531,7 +532,7 @@ def _read_safetensors(path: Path, entry: _Object, check: bool = True) -> dict[st
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if 8 + length > entry.bytes:
+        if 8 + length > entry.bytes or length > MAX_BYTES:
             raise ValueError(damaged)
         header = file.read(length)
         hasher.update(prefix)
@@ -539,7 +540,7 @@ def _read_safetensors(path: Path, entry: _Object, check: bool = True) -> dict[st
         try:
             layout = [
                 (name, CODE_DTYPES[item["dtype"]], item["shape"], *item["data_offsets"])
-                for name, item in json.loads(header).items()
+                for name, item in parse_json(header).items()
             ]
             layout.sort(key=lambda item: item[3:])
             at = 0

@@ -26,6 +26,7 @@ from stackwise.files import (
     write_atomic,
     write_text_atomic,
 )
+from stackwise.reading import parse_json, read_object
 
 
 def finite_json(value: Any, what: str, **options: Any) -> str:
@@ -219,7 +220,7 @@ class RunDir:
     def read_summary(self) -> dict[str, Any]:
         """What ``write_summary`` was given. UserError while the run has none, RunError when it is damaged."""
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            return read_object(self.summary)
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} has no summary.json: its training has not finished; "
@@ -227,9 +228,6 @@ class RunDir:
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.summary}: cannot be read: {error}") from error
-        if not isinstance(summary, dict):
-            raise RunError(f"{self.summary}: cannot be read: it holds a {type(summary).__name__}, not an object")
-        return summary
 
     def is_complete(self) -> bool:
         """Whether the run has trained to its end."""
@@ -241,7 +239,7 @@ def _metric(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
