@@ -343,6 +343,21 @@ def test_special_tokens_are_never_masked_and_do_not_count():
     assert objective.score(rack_of(settings), batch).tokens.tolist() == [3] * 40
 
 
+@pytest.mark.parametrize("weighting", ["stratified", "exact_counts"])
+def test_training_and_sampling_tell_the_rack_the_same_masked_share(monkeypatch, weighting):
+    text = (SPECIAL, 0, 1, SPECIAL, 1, 0, 1)
+    settings = config(length=len(text), time="input", condition="masked", weighting=weighting)
+    rack, objective = rack_of(settings), objective_of(settings, conditioned="masked")
+    example = objective.corrupt(batch_of(text, 40))
+    shares = [sum(token == MASK for token in row) / 5 for row in example.inputs.tolist()]  # five are not special
+    assert len(set(shares)) == 5 if weighting == "exact_counts" else len(set(shares)) == 6
+    assert example.time.tolist() == pytest.approx(shares)
+    told, hidden = [], rack.hidden
+    monkeypatch.setattr(rack, "hidden", lambda *args, **kwargs: told.append(kwargs["time"]) or hidden(*args, **kwargs))
+    RackDenoiser(rack, objective)(example.inputs, torch.full((40,), 0.5))
+    assert told[0].tolist() == pytest.approx(shares)
+
+
 def test_levels_that_stop_above_zero_are_refused():
     with pytest.raises(ValueError, match=r"must fall from 1 to 0 in 3 steps"):
         config(time="depth", levels=[1.0, 0.5, 0.3, 0.15])

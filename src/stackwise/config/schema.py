@@ -642,7 +642,9 @@ class DiffusionConfig(Section):
         "the others from a run of 0 (train --from), each in a process of its own; stackwise join puts them together",
     )
     condition: Literal["rate", "masked"] = Field(
-        "rate", description="time_interpretation input: the rate drawn, or the share of tokens that is masked"
+        "rate",
+        description="time_interpretation input: the rate drawn, or the share that is masked of the tokens that can be "
+        "(all but special ones)",
     )
     time_embedding: Literal["sinusoidal", "learned"] = Field(
         "sinusoidal", description="time_interpretation input: how the noise level becomes a vector"

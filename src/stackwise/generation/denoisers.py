@@ -71,7 +71,7 @@ class RackDenoiser:
             case "rate":
                 return rate.float().to(tokens.device)
             case "masked":
-                return (tokens == self.objective.mask_id).float().mean(dim=1)
+                return self.objective.masked_share(tokens)
         return None
 
     def _next_stage(self, tokens: Tensor, places: list[int], time: Tensor | None) -> Tensor:

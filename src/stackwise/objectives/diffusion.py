@@ -117,17 +117,26 @@ class DiffusionObjective(CrossEntropyObjective):
             hidden = rate_mask(blocks, level[:, None], ~loose)
             weight = (2.0 - power) / level**power
         hidden = hidden.reshape(tokens.shape)
-        loose_tokens = (~fixed).sum(axis=1)
-        told = hidden.sum(axis=1) / np.maximum(1, loose_tokens) if self.conditioned == "masked" else level[::n_blocks]
+        inputs = torch.from_numpy(np.where(hidden, self.mask_id, tokens))
+        time = None
+        if self.conditioned is not None:
+            drawn = torch.from_numpy(level[::n_blocks]).float()
+            time = self.masked_share(inputs) if self.conditioned == "masked" else drawn
         example = Example(
-            torch.from_numpy(np.where(hidden, self.mask_id, tokens)),
+            inputs,
             torch.from_numpy(np.where(hidden, tokens, IGNORE)),
             weights=torch.from_numpy(np.repeat(weight.reshape(B, n_blocks), rows, axis=1)).float(),
-            time=None if self.conditioned is None else torch.from_numpy(told).float(),
+            time=time,
             routes=self._routes(level) if self.variant is not None else (),
-            counted=torch.from_numpy(loose_tokens),
+            counted=torch.from_numpy((~fixed).sum(axis=1)),
         )
         return example if n_blocks == 1 else replace(example, clean=torch.from_numpy(tokens))
+
+    def masked_share(self, inputs: Tensor) -> Tensor:
+        """(B, T) tokens → (B,) fp32: mask tokens as a share of all that are masked or could be."""
+        fixed = torch.tensor(sorted(self.special_ids - {self.mask_id}), dtype=inputs.dtype, device=inputs.device)
+        could_be = ~torch.isin(inputs, fixed)
+        return (inputs == self.mask_id).sum(dim=1) / could_be.sum(dim=1).clamp(min=1)
 
     def _rates(self, batch: Batch, n: int) -> NDArray[np.float64]:
         """(B,) rates in (0, 1], one in each of B equal parts of the levels in use, the highest first."""
@@ -205,7 +214,7 @@ class DiffusionObjective(CrossEntropyObjective):
         if self.conditioned is None:
             return None
         if self.conditioned == "masked":
-            return torch.stack([(z == self.mask_id).float().mean(dim=1) for z in stages])
+            return torch.stack([self.masked_share(z) for z in stages])
         highs = torch.tensor([interval.high for interval in self.noise], device=stages[0].device)
         return highs[:, None].expand(-1, len(stages[0]))
 
