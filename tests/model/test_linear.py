@@ -120,6 +120,15 @@ def test_compiled_gives_the_same(precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_frozen_layer_whose_input_needs_no_gradient_compiles_whole(precision):
+    torch._dynamo.reset()
+    made, x = layer(precision).requires_grad_(False), inputs()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x.detach()), made(x).detach())
+    assert torch.equal(made(x.detach()), made(x).detach())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_state_goes_through_a_dictionary_and_back_to_full(precision):
     made, other = adapted(precision), adapted(precision, rank=3)
     for p in other.parameters():

@@ -85,6 +85,11 @@ def grown(at="right", trunk="frozen", precision="full", cached=False, enters=Fal
     return phases
 
 
+def dropping(phases, rate=0.3):
+    """The phases with dropout of what their adapters read, and none anywhere else."""
+    return [replace(p, adapters=tuple(replace(a, dropout=rate) for a in p.adapters)) for p in phases]
+
+
 class Stop(Exception):
     pass
 
@@ -233,6 +238,50 @@ def test_compiled_phases_train_the_same_parts(monkeypatch):
     assert not any(torch.equal(start[n], end[n]) for n in start if n.startswith("stack.2/"))
 
 
+def of_the_whole(*trains):
+    """Phases of a Rack that is there."""
+    return [Phase(f"phase {i}", (0, 1, 2), parts, STEPS, CONSTANT) for i, parts in enumerate(trains)]
+
+
+COURSES = {
+    "append": lambda: grown("right", "frozen"),
+    "append nf4": lambda: grown("right", "frozen", "nf4"),
+    "prepend": lambda: grown("left", "frozen"),
+    "middle": lambda: grown("middle", "frozen", "int8", joint=True),
+    "qlora": lambda: dropping(grown("right", "qlora", "nf4", lora=True)),
+    "block": lambda: of_the_whole(("stack.1/blocks.1", "norm", "head")),
+    "sweep": lambda: of_the_whole(("embedding", "stack.0", "norm", "head"), ("stack.1", "norm", "head"), ("head",)),
+}
+SLOW = [pytest.param(course, marks=pytest.mark.slow) for course in COURSES if course not in ("append", "block")]
+
+
+def assert_compiled_takes_the_same_steps(monkeypatch, course, backend):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend=backend, **options))
+    blocks = 2 if course in ("block", "sweep") else 1
+    settings = (f"model.architecture.blocks_per_stack={blocks}", "training.activation_checkpointing=true")
+    plain, before = trained(COURSES[course](), *settings)
+    compiled, after = trained(COURSES[course](), *settings, "training.compile=true")
+    for a, b in zip(plain.state.records, compiled.state.records):
+        assert (b.first_loss, b.last_loss) == pytest.approx((a.first_loss, a.last_loss), rel=1e-4)
+    for phase, *ends in zip(COURSES[course](), before.starts, before.ends, after.starts, after.ends):
+        for name in ends[0]:
+            moved = [not torch.equal(start[name], end[name]) for start, end in (ends[:2], ends[2:])]
+            assert moved == [moves(phase, name)] * 2, (phase.name, name)
+
+
+@pytest.mark.parametrize("course", ["append", "block", *SLOW])
+def test_compiled_stacks_that_are_recomputed_train_through_every_phase(monkeypatch, course):
+    """A Stack without a gradient has nothing to recompute; the compiler cannot trace the attempt."""
+    assert_compiled_takes_the_same_steps(monkeypatch, course, "aot_eager")
+
+
+@pytest.mark.slow  # the compiler takes minutes
+@pytest.mark.parametrize("course", COURSES)
+def test_stacks_compiled_to_code_that_are_recomputed_train_through_every_phase(monkeypatch, course):
+    assert_compiled_takes_the_same_steps(monkeypatch, course, "inductor")
+
+
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
 def test_cached_equals_recomputed_bitwise_on_disk_and_in_memory(tmp_path, dtype, micro):
@@ -267,9 +316,24 @@ def test_stacks_streamed_from_disk_train_bit_identically(tmp_path, at, trunk, lo
     assert all(t.is_meta for n, t in recorder.starts[-1].items() if n.startswith("stack.0/"))
 
 
+@pytest.mark.parametrize("at", ["left", "right"])
+def test_adapters_drop_the_same_when_they_are_recomputed_streamed_or_trained_again(tmp_path, at):
+    phases = dropping(grown(at, "qlora", "int8", lora=True))
+    plain, _ = trained(phases)
+    torch.randn(13)  # whatever else draws from the global generator
+    again, _ = trained(phases)
+    recomputed, _ = trained(phases, "training.activation_checkpointing=true")
+    streamed, recorder = trained(phases, *FROM_DISK, run=new_run(tmp_path / "run"))
+    assert result(again) == result(recomputed) == result(streamed) == result(plain)
+    assert all(t.is_meta for n, t in recorder.starts[-1].items() if n.startswith("stack.0/"))
+    undropped, _ = trained(dropping(phases, 0.0))
+    assert abs(undropped.state.records[-1].last_loss - plain.state.records[-1].last_loss) > 1e-4
+
+
 CASES = {
     "cached": (lambda: grown("right", "frozen", "nf4", cached=True, joint=True), ()),
     "qlora": (lambda: grown("right", "qlora", "fp8", lora=True, joint=True), ()),
+    "adapter dropout": (lambda: dropping(grown("left", "qlora", "int8", lora=True)), ()),
     "streamed": (lambda: grown("left", "qlora", "int8", lora=True), FROM_DISK),
     "trainable": (lambda: grown("middle", "trainable", joint=True), ()),
     "in backward": (

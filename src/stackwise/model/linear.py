@@ -145,12 +145,13 @@ class Linear(nn.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
         names = self._code_names()
-        if names:
-            out = _Stored.apply(x, self.precision, self.shape, names, *(getattr(self, name) for name in names))
-        elif self.weight.requires_grad or self.weight.dtype == dtype:
+        if not names and (self.weight.requires_grad or self.weight.dtype == dtype):
             out = F.linear(x, self.weight.to(dtype))
+        elif torch.is_grad_enabled() and x.requires_grad:
+            names = names or ("weight",)
+            out = _Stored.apply(x, self.precision, self.shape, names, *(getattr(self, name) for name in names))
         else:
-            out = _Stored.apply(x, self.precision, self.shape, ("weight",), self.weight)
+            out = x @ self.dense(dtype).T
         return out if self.bias is None else out + self.bias.to(dtype)
 
     def extra_repr(self) -> str:

@@ -125,9 +125,8 @@ class Stack(nn.Module):
         rest = (attention_mask, rope, caches, seen, condition)  # without x, which must be free to go
         if self.fetch is None:
             return self._run(x, *rest)
-        if torch.is_grad_enabled() and caches is None:
-            random = any(block.dropout > 0 for block in self.blocks) and self.training
-            return checkpoint(self._run_fetched, x, *rest, use_reentrant=False, preserve_rng_state=random)
+        if caches is None and _has_gradients(self, x, condition):
+            return checkpoint(self._run_fetched, x, *rest, use_reentrant=False)
         return self._run_fetched(x, *rest)
 
     def own_tensors(self) -> dict[str, Tensor]:
@@ -152,11 +151,18 @@ class Stack(nn.Module):
         for i, block in enumerate(self.blocks):
             rest = (attention_mask, rope, None if caches is None else caches[i], seen, condition)
             # A Stack that was fetched is recomputed as a whole already.
-            if self.activation_checkpointing and self.fetch is None and torch.is_grad_enabled() and caches is None:
-                x = checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.dropout > 0)
+            again = self.activation_checkpointing and self.fetch is None and caches is None
+            if again and _has_gradients(block, x, condition):
+                x = checkpoint(block, x, *rest, use_reentrant=False)
             else:
                 x = block(x, *rest)
         return x
+
+
+def _has_gradients(module: nn.Module, *inputs: Tensor | None) -> bool:
+    """Whether a backward pass goes through ``module``: else nothing of it is kept, and nothing is to be recomputed."""
+    tensors = (*inputs, *module.parameters())
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class _Run(nn.Module):
@@ -296,11 +302,6 @@ class Rack(nn.Module):
         """Makes every Block ``causal`` or ``bidirectional``; the weights fit both."""
         for block in self.blocks():
             block.attention.set_attention_mode(mode)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether training draws random numbers."""
-        return self.embedding.dropout > 0 or any(b.dropout > 0 or b.attention.dropout > 0 for b in self.blocks())
 
     def checkpoint_activations(self, on: bool) -> None:
         """Keep only each Block's input for the backward pass, and recompute the rest there."""

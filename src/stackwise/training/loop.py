@@ -304,8 +304,8 @@ class Loop:
     ) -> tuple[float, float, int]:
         """One optimizer step: (mean loss of the tokens that count, gradient norm, tokens read)."""
         training, state = self.config.training, self.state
-        if self.rack.has_dropout:
-            torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
+        # Dropout of any kind, and what an objective of the user's own draws, comes from the global generator.
+        torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
         example = examples.next()
         count = example.n_targets  # before it moves to the device, which would have to be waited for
         if count == 0:
