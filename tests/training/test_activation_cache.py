@@ -316,7 +316,7 @@ def test_a_boundary_is_named_by_its_index_and_a_sha256(index: int, key: str) -> 
 
 
 FACTS: dict[str, Any] = {
-    "upstream": (UpstreamPart("e" * 64, "full"), UpstreamPart("f" * 64, "nf4", (("stack", 7, 11.0),))),
+    "upstream": (UpstreamPart("e" * 64, "full"), UpstreamPart("f" * 64, "nf4", (("stack", 7, 11.0, "a" * 64),))),
     "model": {"d_model": 131, "n_heads": 1},
     "data_sha256": "d" * 64,
     "seed": 3,
@@ -339,7 +339,8 @@ def test_a_key_does_not_depend_on_the_order_of_settings() -> None:
         {"upstream": FACTS["upstream"][::-1]},
         {"upstream": FACTS["upstream"][:1]},
         {"upstream": (FACTS["upstream"][0], replace(FACTS["upstream"][1], precision="fp8"))},
-        {"upstream": (FACTS["upstream"][0], replace(FACTS["upstream"][1], adapters=(("stack", 7, 13.0),)))},
+        {"upstream": (FACTS["upstream"][0], replace(FACTS["upstream"][1], adapters=(("stack", 7, 13.0, "a" * 64),)))},
+        {"upstream": (FACTS["upstream"][0], replace(FACTS["upstream"][1], adapters=(("stack", 7, 11.0, "b" * 64),)))},
         {"model": {"d_model": 131, "n_heads": 131}},
         {"data_sha256": "c" * 64},
         {"seed": 5},

@@ -376,6 +376,28 @@ def test_a_run_that_stops_while_it_fills_its_cache_ends_the_same(tmp_path, at_ba
     assert result(resumed) == result(whole)
 
 
+def test_a_cache_made_with_other_adapter_weights_is_not_read(tmp_path):
+    """Stacks that are made in four bits: nothing of them trains but their adapters."""
+    phases = [
+        replace(
+            phase,
+            trains=tuple(part for part in phase.trains if not part.startswith("stack.")),
+            precision=tuple((k, "nf4") for k in phase.stacks),
+        )
+        for phase in grown("right", "frozen", cached=True, lora=True)
+    ]
+    loop, _ = trained(phases[:2], run=new_run(tmp_path / "run"))
+    ids = loop._cache(phases[2])[1]
+    stacks = {stack.stack_id: stack for stack in loop.rack.stacks}
+    for k, changed in ((1, [False, True]), (0, [True, True])):
+        layer = next(layer for _, layer in linears(stacks[k]))
+        with torch.no_grad():
+            layer.low_rank()["stack"].B[0, 0] += 1e-3
+        others = loop._cache(phases[2])[1]
+        assert [a.key != b.key for a, b in zip(ids, others)] == changed
+        ids = others
+
+
 def test_a_checkpoint_restores_storage_and_adapters(tmp_path):
     run = new_run(tmp_path / "run")
     loop, _ = trained(grown("right", "qlora", "nf4", lora=True), run=run)

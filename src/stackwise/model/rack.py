@@ -134,6 +134,11 @@ class Stack(nn.Module):
         named = self.state_dict(keep_vars=True).items()
         return {name: tensor.detach() for name, tensor in named if ADAPTERS not in name}
 
+    def adapter_tensors(self, kind: str) -> dict[str, Tensor]:
+        """Name → factor of the Stack's adapters of one kind."""
+        named = self.state_dict(keep_vars=True).items()
+        return {name: tensor.detach() for name, tensor in named if f"{ADAPTERS}{kind}." in name}
+
     def _run_fetched(self, *inputs: Any) -> Tensor:
         assert self.fetch is not None
         tensors = {f"stack.{name}": tensor for name, tensor in self.fetch().items()}

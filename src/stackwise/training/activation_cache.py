@@ -64,14 +64,14 @@ class UpstreamPart:
     """The embedding or a Stack that a boundary depends on.
 
     Attributes:
-        weights_sha256: of its weights as they are stored, adapters included (``checkpoints.weights_sha256``).
+        weights_sha256: of its weights as they are stored, without adapters (``checkpoints.weights_sha256``).
         precision: how they are stored.
-        adapters: (kind, rank, alpha) of each: alpha is in no weight.
+        adapters: (kind, rank, alpha, sha256 of its factors) of each: alpha is in no weight.
     """
 
     weights_sha256: str
     precision: str
-    adapters: tuple[tuple[str, int, float], ...] = ()
+    adapters: tuple[tuple[str, int, float, str], ...] = ()
 
 
 def cache_key(

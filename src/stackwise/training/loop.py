@@ -387,7 +387,11 @@ class Loop:
             on_disk = stack.stack_id in self.offload.away and self._away_on_disk
             assert self.store is not None or not on_disk
             sha256 = self.store.hash_of(part) if on_disk and self.store else weights_sha256(stack.own_tensors().items())
-            adapters = tuple((a.kind, a.rank, a.alpha) for a in phase.adapters if a.stack == stack.stack_id)
+            adapters = tuple(
+                (a.kind, a.rank, a.alpha, weights_sha256(stack.adapter_tensors(a.kind).items()))
+                for a in phase.adapters
+                if a.stack == stack.stack_id
+            )
             upstream.append(UpstreamPart(sha256, phase.precision_of(stack.stack_id), adapters))
             key = cache_key(
                 upstream=upstream, model={}, data_sha256=self.fingerprint, seed=training.seed, corruption={},
