@@ -272,6 +272,72 @@ def test_a_damaged_newest_checkpoint_is_one_line_and_the_one_before_it_serves(
     assert outcome(finished) == outcome(uninterrupted)
 
 
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def compare(work: Path, out: Path) -> list[str]:
+    """The arguments of a comparison of two recipes in ``out``."""
+    settings = [f"data.path={work / 'texts'}", f"data.cache_dir={work / 'compare-cache'}", "training.max_steps=11"]
+    recipes = ["--recipes", "append-frozen,end-to-end"]
+    return ["compare", str(work / "config.yaml"), *settings, *recipes, "--json", "--out", str(out)]
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a comparison says, without times and memory."""
+    clock = {"seconds", "wall_seconds", "peak_memory_bytes", "phases"}
+    phases = [[{k: v for k, v in phase.items() if k not in clock} for phase in row["phases"]] for row in rows]
+    return [{k: v for k, v in row.items() if k not in clock} | {"phases": p} for row, p in zip(rows, phases)]
+
+
+def test_compare_stops_with_its_child_and_goes_on_to_the_same_table(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = work / "compared"
+
+    def until(recipe: str, steps: int) -> tuple[subprocess.Popen[str], int]:
+        """A comparison whose child has taken some steps by ``recipe``, and the child."""
+        metrics = out / recipe / "metrics.jsonl"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stackwise", *compare(work, out)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+            time.sleep(0.002)
+        return process, int((out / recipe / ".lock").read_text())
+
+    process, child = until("append-frozen", 3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 3, errors
+    assert not alive(child)
+    assert errors.splitlines()[-2].endswith("its checkpoint is saved")
+    assert errors.splitlines()[-1] == "stackwise: stopped by SIGTERM; the same command goes on where it was"
+    stopped = len((out / "append-frozen" / "metrics.jsonl").read_text().splitlines())
+    assert (out / "append-frozen" / "checkpoints" / f"step-{stopped:08}.json").exists()
+
+    process, child = until("end-to-end", 2)
+    assert (out / "append-frozen" / "summary.json").exists()
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    deadline = time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(child)
+    assert not (out / "end-to-end" / "summary.json").exists()
+
+    tables = []
+    for folder in (out, work / "whole"):
+        assert main(compare(work, folder)) == 0
+        tables.append(table(json.loads(capsys.readouterr().out)))
+    assert tables[0] == tables[1]
+
+
 def test_training_into_a_run_is_refused(finished: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [f"data.path={work / 'texts'}", f"data.cache_dir={work / 'uninterrupted-cache'}"]
     assert main(["train", str(work / "config.yaml"), *settings, "--out", str(finished)]) == 2

@@ -19,3 +19,6 @@ class StoppedBySignal(RuntimeError):
 
 STOPPED = 3
 """The exit code of ``StoppedBySignal``."""
+
+INTERRUPTED = 130
+"""The exit code of a command that a signal ended before there was anything to go on from."""

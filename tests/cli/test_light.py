@@ -110,7 +110,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2(
 def test_a_bad_config_ends_the_real_process_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("training: {optimzer: {lr: 1}}")
-    done = python("from stackwise.cli.main import run; run()", "train", str(file))
+    done = python("from stackwise.__main__ import run; run()", "train", str(file))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"stackwise: {file}: training.optimzer: unknown key; did you mean training.optimizer?\n"
 
@@ -159,7 +159,7 @@ def test_deprecations_of_other_packages_are_not_for_the_user() -> None:
     done = python(
         """
 import warnings
-from stackwise.cli.main import run
+from stackwise.__main__ import run
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.legacy import OldKeyWarning
 def read(*_):
@@ -177,7 +177,8 @@ run()
 
 @pytest.mark.parametrize("line", ["--help", "init -", "one-line"])
 def test_a_reader_that_goes_away_ends_the_command_quietly(line: str) -> None:
-    code = "from stackwise.cli.main import app, run; app.command('one-line')(lambda: print('x')); run()"
+    code = "from stackwise import __main__, cli; import stackwise.cli.main\n"
+    code += "cli.main.app.command('one-line')(lambda: print('x')); __main__.run()"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         [sys.executable, "-c", code, *line.split()],

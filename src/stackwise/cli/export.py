@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stackwise.cli.train import Json
+from stackwise.signals import stoppable
 
 
 def export(
@@ -25,7 +26,8 @@ def export(
     from stackwise.cli.results import print_json
     from stackwise.interop.export import export_run
 
-    result = export_run(run, folder, step, max_tokens)
+    with stoppable():
+        result = export_run(run, folder, step, max_tokens)
     if as_json:
         print_json(result)
         return

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stackwise.cli.train import Json
+from stackwise.signals import stoppable
 
 
 def import_(
@@ -26,7 +27,8 @@ def import_(
     from stackwise.cli.results import print_json
     from stackwise.interop.importing import import_folder
 
-    result = import_folder(folder, run, stacks)
+    with stoppable():
+        result = import_folder(folder, run, stacks)
     if as_json:
         print_json(result)
         return

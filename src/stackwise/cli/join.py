@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stackwise.cli.train import Json
+from stackwise.signals import stoppable
 
 
 def join(
@@ -22,7 +23,8 @@ def join(
     from stackwise.cli.results import print_json
     from stackwise.training.join import join_runs
 
-    result = join_runs(runs, out)
+    with stoppable():
+        result = join_runs(runs, out)
     if as_json:
         print_json(result)
         return

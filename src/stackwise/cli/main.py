@@ -43,15 +43,15 @@ from stackwise.cli import (
     train,
 )
 from stackwise.config.legacy import OldKeyWarning
-from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
+from stackwise.errors import INTERRUPTED, STOPPED, RunError, StoppedBySignal, UserError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 app = typer.Typer(
     name="stackwise",
     help="Train transformers from scratch, Stack by Stack, inside a memory budget.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the input is wrong (one line says what); 3 stopped by a "
-    "signal, with a checkpoint that `stackwise resume` goes on from; 130 interrupted, with nothing saved.",
+    "signal, and the last line says what goes on from there; 130 interrupted, with nothing to go on from.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -121,11 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         _say("interrupted")
     return code if isinstance(code, int) else DONE
-
-
-def run() -> None:
-    """The console entry point."""
-    sys.exit(main())
 
 
 def _say(message: object) -> None:

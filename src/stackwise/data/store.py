@@ -42,6 +42,7 @@ from stackwise.data.tokenizers import (
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
 from stackwise.reading import read_object
+from stackwise.signals import stop_if_asked, stoppable
 
 FORMAT_VERSION = 1
 AUTO_DOCUMENTS = 20
@@ -129,7 +130,7 @@ def prepare(
             if folder.is_dir():
                 return replace(_open(folder, key, tokenizer), mask_added=lacking)
         try:
-            with scratch_folder(root / "tokens", "store") as scratch:
+            with stoppable(), scratch_folder(root / "tokens", "store") as scratch:
                 _build(config, corpus, content, tokenizer, tokenizer_folder, root, scratch, report)
         except OSError as error:
             _raise_unwritten(root, error)
@@ -166,6 +167,7 @@ def _sparse(progress: Progress | None) -> Progress:
 
     def report(description: str, done: int, total: int | None) -> None:
         nonlocal last
+        stop_if_asked()
         if progress is not None and (description != last[0] or done == total or done >= last[1] + _REPORT_BYTES):
             last = (description, done)
             progress(description, done, total)

@@ -22,6 +22,7 @@ from stackwise.interop.families import Entry, choose_family
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack
+from stackwise.signals import stop_if_asked
 from stackwise.training.run import load
 
 SHARD_BYTES = 5 * 10**9
@@ -160,6 +161,7 @@ def _write_weights(folder: Path, entries: list[Entry], own: dict[str, Tensor]) -
         return
     places: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
+        stop_if_asked()
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({entry.theirs: entry.join(own) for entry in shard}, folder / name, metadata)
         places |= {entry.theirs: name for entry in shard}

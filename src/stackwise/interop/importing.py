@@ -17,6 +17,7 @@ from stackwise.errors import UserError
 from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.reading import read_object
+from stackwise.signals import stop_if_asked
 from stackwise.training.run import write_untrained_run
 
 
@@ -106,6 +107,7 @@ class StoredTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         """In fp32. UserError for a tensor of whole numbers, which holds quantised weights."""
+        stop_if_asked()
         file, stored = self._places[name]
         with self._open(file) as content:
             tensor: Tensor = content.get_tensor(stored)

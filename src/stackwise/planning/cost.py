@@ -37,6 +37,7 @@ from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 from stackwise.optim.create import state_bytes, step_bytes
+from stackwise.signals import stop_if_asked, stoppable
 
 READ_AHEAD = 3
 """Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
@@ -373,8 +374,9 @@ class PhaseCoster:
         kinds, others = self._kinds(phase)
         key = (kinds, others, phase.cached, phase.enters, phase.noise, phase.objective)
         if key not in self._known:
-            with self._mode:
+            with stoppable(), self._mode:
                 self._known[key] = self._measure(kinds, others, phase)
+                stop_if_asked()
         return self._with_cache(self._known[key], phase)
 
     def _with_cache(self, cost: PhaseCost, phase: Phase) -> PhaseCost:

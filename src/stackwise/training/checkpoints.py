@@ -29,6 +29,7 @@ from torch import Tensor
 from stackwise.errors import RunError
 from stackwise.files import remove_leftovers, sync_directory, write_atomic
 from stackwise.reading import MAX_BYTES, parse_json, read_object
+from stackwise.signals import stop_if_asked
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 26
@@ -255,6 +256,7 @@ class CheckpointStore:
             ) from error
 
     def _read_part(self, manifest: _Manifest, name: str, device: torch.device) -> dict[str, Tensor]:
+        stop_if_asked()
         try:
             return self._read_object(manifest.step, name, manifest.parts[name], device)
         except CheckpointError as error:

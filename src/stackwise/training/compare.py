@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
 from stackwise.files import write_text_atomic
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
+from stackwise.signals import PARENT_PIPE, SIGNALS, StopRequest, stop_if_asked, stoppable
 from stackwise.training.rundir import RunDir
 
 
@@ -27,7 +31,8 @@ def equal_budget(config: StackWiseConfig) -> float:
 def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) -> list[dict[str, Any]]:
     """Trains ``config`` by each recipe into ``out/NAME``; runs that are there go on where they stopped.
 
-    A process each, so that one's memory does not show in another's peak.
+    A process each, so that one's memory does not show in another's peak. A signal is passed on to that process, which
+    saves its run.
 
     Returns:
         For each recipe its name, validation (with ``nelbo`` where it is a bound), FLOPs, peak memory, seconds and
@@ -35,9 +40,13 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
         its first training loss).
 
     Raises:
-        UserError: no such recipe, or its settings do not fit the config. RunError: a run failed.
+        UserError: no such recipe, or its settings do not fit the config. RunError: a run failed. StoppedBySignal.
     """
-    names = list(names)
+    with stoppable("the same command goes on where it was") as stop:
+        return _compare(config, list(names), out, stop)
+
+
+def _compare(config: StackWiseConfig, names: Sequence[str], out: Path, stop: StopRequest) -> list[dict[str, Any]]:
     budget = equal_budget(config)
     configs = {name: apply_recipe(config, name).override([f"training.max_flops={budget!r}"]) for name in names}
     rows = []
@@ -54,13 +63,41 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
             command = ["train", str(file), "--out", str(run.path)]
         if not run.is_complete():
             print(f"recipe {name}", file=sys.stderr, flush=True)
-            code = subprocess.run([sys.executable, "-m", "stackwise", *command], check=False).returncode
+            code = _run(command, stop)
+            stop_if_asked()
             if code == STOPPED:
                 raise StoppedBySignal(f"recipe {name} was stopped; the same command goes on where it was")
             if code:
                 raise RunError(f"recipe {name} failed with exit code {code}; the others are kept in {out}")
         rows.append(_row(name, run.read_summary()))
     return rows
+
+
+def _run(command: Sequence[str], stop: StopRequest) -> int:
+    """Runs ``stackwise`` in a process of its own until it ends; its exit code.
+
+    It is in a process group of its own, so that Ctrl-C reaches it once, through us. It ends when we do, however we end:
+    it reads a pipe whose other end only we hold.
+    """
+    read, write = os.pipe()
+    # Signals wait until the process has its handlers: it inherits the mask, and lifts it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    with os.fdopen(write, "wb"):
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "stackwise", *command],
+                pass_fds=[read],
+                env={**os.environ, PARENT_PIPE: str(read)},
+                process_group=0,
+            )
+        finally:
+            os.close(read)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while process.poll() is None and not stop:
+            time.sleep(0.02)
+        if stop.name:
+            process.send_signal(signal.Signals[stop.name])
+        return process.wait()
 
 
 def _row(name: str, summary: dict[str, Any]) -> dict[str, Any]:

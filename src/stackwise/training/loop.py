@@ -31,6 +31,7 @@ from stackwise.objectives.scoring import Validation
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.precision import autocast
 from stackwise.optim.create import InBackward, create_optimizer
+from stackwise.signals import StopRequest, stop_if_asked, stoppable
 from stackwise.training.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
 from stackwise.training.assertions import TrainingCheck
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
@@ -51,7 +52,6 @@ from stackwise.training.optimizers import (
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.schedules import lr_ratio
-from stackwise.training.signals import StopRequest
 from stackwise.training.tracking import Tracker
 
 
@@ -159,7 +159,7 @@ class Loop:
         """Runs what is left of the phases. Raises ``StoppedBySignal`` once a checkpoint is saved, ``RunError``."""
         state = self.state
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(stoppable())
             stack.callback(self.tracker.close)
             stack.callback(self.offload.close)
             while state.phase < len(self.phases):
@@ -363,6 +363,7 @@ class Loop:
             count = cache.layout.count
 
             def progress(boundary: int, batch: int) -> None:
+                stop_if_asked()
                 self.reporter.work(f"activations at boundary {boundary}", batch - cache.layout.first, count)
 
             cached = compute.prepared(cache, ids, progress)

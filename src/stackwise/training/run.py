@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +16,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import DataConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
-from stackwise.errors import ConfigError, RunError, StoppedBySignal, UserError
+from stackwise.errors import ConfigError, RunError, UserError
 from stackwise.files import publish, reason, scratch_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
@@ -30,6 +26,7 @@ from stackwise.objectives.scoring import Validation, validate
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
+from stackwise.signals import stop_if_asked, stoppable
 from stackwise.training.checkpoints import CheckpointStore
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
 from stackwise.training.loop import Loop, RunState
@@ -90,7 +87,7 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
             "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
         )
     config = resolve_family(config)
-    with RunDir.creating(out, config.to_yaml()) as run:
+    with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml()) as run:
         try:
             return _go(run, config, reporter, None)
         except UserError:
@@ -105,8 +102,12 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
     if run.is_complete() and step is None:
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
-    with run.lock():
+    with stoppable(_prospect(path)), run.lock():
         return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+
+
+def _prospect(path: str | Path) -> str:
+    return f"stackwise resume {path} goes on from the last checkpoint, or from the start"
 
 
 def write_untrained_run(
@@ -143,28 +144,10 @@ def own_data(run: RunDir, config: StackWiseConfig) -> DataConfig:
     return config.data.model_copy(update={"tokenizer": own})
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into ``StoppedBySignal`` where no step is under way (the loop has its own handlers)."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, interrupt) if main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise StoppedBySignal("stopped at once; resume goes on from the last checkpoint, or from the start") from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
-
-
 def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
     try:
-        with _interruptible():
-            return _train(run, config, reporter, step)
+        stop_if_asked()
+        return _train(run, config, reporter, step)
     finally:
         reporter.close()
 
@@ -196,6 +179,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
     planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
+    stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
     memory = PeakMemory(planned.device)
