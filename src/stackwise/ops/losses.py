@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            # Logits, then softmax · z, then the gradient, all in place: logsumexp would make a second chunk inside itself.
+            # Logits, then softmax · z, then the gradient, all in place: logsumexp would make a second chunk inside.
             chunk = _logits(part, matrix, bias, excluded)
             counts = (target != IGNORE)[:, None]
             scale = counts * scales[start : start + rows, None]
