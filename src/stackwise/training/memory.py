@@ -13,12 +13,13 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-LARGE_ALLOCATION = 1 << 20
-"""Bytes from which glibc, told to, takes an allocation from the system and gives it back at once."""
+LARGE_ALLOCATION = 128 << 10
+"""Bytes from which glibc, told to, takes an allocation from the system and gives it back at once: its own first value,
+which it would raise as it goes."""
 
 
 def return_freed_memory() -> None:
-    """Makes freed tensors leave the process: on glibc, allocations of a MiB or more are mapped one by one.
+    """Makes freed tensors leave the process: on glibc, allocations of 128 KiB or more are mapped one by one.
 
     By default glibc raises that threshold up to 32 MiB as it goes and keeps what is freed below it, so resident memory
     drifts a third above what lives. Mapping costs page faults, the more the narrower the model (docs/log.md has both).
