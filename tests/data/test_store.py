@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import resource
@@ -296,6 +297,58 @@ def test_a_damaged_store_is_refused_with_the_folder_to_delete(tmp_path, name, ch
         path.unlink()
     data.folder.rmdir()
     assert prepare(settings).train.tolist() == expected
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
+def test_a_flipped_bit_is_refused_in_one_line(tmp_path, monkeypatch, name, at_once) -> None:
+    settings = config(records(tmp_path / "a.jsonl", documents()))
+    file = prepare(settings).folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    if not at_once:
+        monkeypatch.setattr(store, "VERIFIED_AT_ONCE_BYTES", 100)
+    with pytest.raises(RunError) as error:
+        prepare(settings).verify()
+    assert str(error.value) == (
+        f"{file.parent} is damaged: the content of {name} does not match its sha256; delete this folder and start again"
+    )
+
+
+def test_ids_beyond_the_vocabulary_are_refused_though_their_hash_is_right(tmp_path) -> None:
+    settings = config(records(tmp_path / "a.jsonl", documents()))
+    folder = prepare(settings).folder
+    ids = np.fromfile(folder / "train.bin", dtype="<u2")
+    ids[-1] = 60013
+    ids.tofile(folder / "train.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"][0] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(RunError, match=r"train\.bin holds the id 60,013, and the vocabulary has 259; delete"):
+        prepare(settings)
+
+
+def test_the_hash_of_a_store_is_that_of_its_arrays(tmp_path) -> None:
+    texts = documents()
+    one, other = (prepare(config(records(tmp_path / f"{n}.jsonl", texts[:n]))) for n in (31, 37))
+    assert len({one.sha256, other.sha256}) == 2
+    hashes = "".join(hashlib.sha256((one.folder / f).read_bytes()).hexdigest() for f in ("train.bin", "validation.bin"))
+    assert one.sha256 == hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def test_a_store_that_was_written_without_hashes_is_built_again(tmp_path, monkeypatch) -> None:
+    settings = config(records(tmp_path / "a.jsonl", documents()))
+    data = prepare(settings)
+    expected = data.train.tolist()
+    meta = json.loads((data.folder / "meta.json").read_text())
+    del meta["sha256"]
+    (data.folder / "meta.json").write_text(json.dumps(meta))
+    (data.folder / "train.bin").write_bytes(bytes(2 * len(expected)))
+    built = counted(monkeypatch, "_build")
+    again = prepare(settings)
+    assert again.train.tolist() == expected and again.key == data.key and again.sha256 == data.sha256
+    assert len(built) == 1
 
 
 def test_a_damaged_tokenizer_is_refused_with_the_folder_to_delete(tmp_path, cache) -> None:

@@ -2,7 +2,9 @@
 
 ``CACHE/tokens/KEY/{train.bin,validation.bin,meta.json}``, where KEY is a hash of the corpus' content, the tokenizer and
 the split: a store is never rebuilt, and never taken for another. It is built in a scratch folder and renamed into place
-last, in memory that does not grow with the corpus. ``CACHE/tokenizers/KEY`` holds the tokenizers learnt from a corpus.
+last, in memory that does not grow with the corpus. The arrays are hashed when they are written and compared with their
+hashes each time the store is opened, large ones in the background. ``CACHE/tokenizers/KEY`` holds the tokenizers learnt
+from a corpus.
 
 Each document is followed by the end token, in both arrays. The two ways of splitting:
 
@@ -19,8 +21,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -51,6 +55,10 @@ AUTO_DOCUMENTS = 20
 BPE_TRAINING_BYTES = 1 << 28
 """BPE learns from at most about this much text, taken evenly from all over the training side."""
 
+VERIFIED_AT_ONCE_BYTES = 1 << 27
+"""Stores up to this size are compared with their hashes before they are returned; larger ones by ``verify``."""
+
+_VERIFICATION_CHUNK = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_TEXTS = 1 << 14
 _REPORT_BYTES = 1 << 18
@@ -70,18 +78,22 @@ class PreparedData:
 
     ``train``, ``validation``: memory-mapped ids (tokens,), uint16 where the vocabulary allows it, else uint32.
     ``train_bytes``, ``validation_bytes``: bytes of UTF-8 behind each; end tokens have none. ``split``: how the two were
-    parted. ``key``: a hash of everything that determines the arrays. ``mask_added``: the tokenizer had no mask token.
+    parted. ``key``: a hash of everything that determines the arrays; ``sha256``: one of the arrays themselves.
+    ``mask_added``: the tokenizer had no mask token. ``verify`` ends the comparison of a large store with its hashes.
     """
 
     tokenizer: Tokenizer
     train: np.memmap
     validation: np.memmap
     key: str
+    sha256: str
     train_bytes: int
     validation_bytes: int
     n_documents: int
     split: Literal["documents", "tail"]
     folder: Path
+    verify: Callable[[], None]
+    """Waits until all arrays are compared with their hashes; RunError when one is damaged. Call it before training."""
     mask_added: bool = False
 
     @property
@@ -128,8 +140,12 @@ def prepare(
             key = _key(content, _split_settings(config), tokenizer.fingerprint)
             folder = root / "tokens" / key
             if folder.is_dir():
-                return replace(_open(folder, key, tokenizer), mask_added=lacking)
+                data = _open(folder, key, tokenizer)
+                if data is not None:
+                    return replace(data, mask_added=lacking)
         try:
+            if tokenizer is not None and folder.is_dir():
+                shutil.rmtree(folder)  # it cannot be verified
             with stoppable(), scratch_folder(root / "tokens", "store") as scratch:
                 _build(config, corpus, content, tokenizer, tokenizer_folder, root, scratch, report)
         except OSError as error:
@@ -200,11 +216,14 @@ def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
             return None
 
 
-def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData:
+def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
+    """The store in ``folder``; None when it was written without hashes, and so cannot be trusted. RunError: damaged."""
     dtype = _dtype(tokenizer)
     arrays = []
     try:
         meta = read_object(folder / "meta.json")
+        if "sha256" not in meta:
+            return None
         for name, tokens in zip(_FILES, meta["tokens"]):
             size = (folder / name).stat().st_size
             if size != tokens * dtype.itemsize:
@@ -214,11 +233,62 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData:
                 )
             arrays.append(np.memmap(folder / name, dtype=dtype, mode="r", shape=(tokens,)))
         train, validation = arrays
-        train_bytes, validation_bytes = meta["bytes"]
-        n_documents, split = meta["n_documents"], meta["split"]
+        train_bytes, validation_bytes = map(int, meta["bytes"])
+        n_documents, split = int(meta["n_documents"]), meta["split"]
+        hashes = [str(digest) for digest in meta["sha256"]]
+        if len(hashes) != len(_FILES):
+            raise ValueError(f"it has {len(hashes)} hashes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete this folder and start again") from None
-    return PreparedData(tokenizer, train, validation, key, train_bytes, validation_bytes, n_documents, split, folder)
+    verification = _Verification(folder, hashes, dtype, tokenizer.vocab_size)
+    if train.nbytes + validation.nbytes <= VERIFIED_AT_ONCE_BYTES:
+        verification.result()
+    whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return PreparedData(
+        tokenizer, train, validation, key, whole, train_bytes, validation_bytes, n_documents, split, folder,
+        verification.result,
+    )  # fmt: skip
+
+
+class _Verification:
+    """Compares the arrays of a store with their hashes, and their ids with the vocabulary, in a thread of its own.
+
+    The files are read and not mapped, since mapped pages would count as memory of the run.
+    """
+
+    def __init__(self, folder: Path, hashes: Sequence[str], dtype: np.dtype[Any], vocab_size: int) -> None:
+        self._folder, self._hashes, self._dtype, self._vocab_size = folder, hashes, dtype, vocab_size
+        self._problem: str | None = None
+        # A daemon: a command that fails meanwhile does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="verify tokens", daemon=True)
+        self._thread.start()
+
+    def result(self) -> None:
+        self._thread.join()
+        if self._problem is not None:
+            raise RunError(f"{self._folder} is damaged: {self._problem}; delete this folder and start again")
+
+    def _run(self) -> None:
+        for name, expected in zip(_FILES, self._hashes):
+            self._problem = self._problem or self._check(name, expected)
+
+    def _check(self, name: str, expected: str) -> str | None:
+        """What is wrong with one array."""
+        hasher, largest = hashlib.sha256(), 0
+        try:
+            with open(self._folder / name, "rb", buffering=0) as file:
+                buffer = bytearray(_VERIFICATION_CHUNK)
+                view, ids = memoryview(buffer), np.frombuffer(buffer, dtype=self._dtype)
+                while got := file.readinto(view):
+                    hasher.update(view[:got])
+                    largest = max(largest, int(ids[: got // self._dtype.itemsize].max(initial=0)))
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        if hasher.hexdigest() != expected:
+            return f"the content of {name} does not match its sha256"
+        if largest >= self._vocab_size:
+            return f"{name} holds the id {largest:,}, and the vocabulary has {self._vocab_size:,}"
+        return None
 
 
 def _build(
@@ -244,11 +314,13 @@ def _build(
         publish(scratch / "tokenizer", tokenizer_folder)
     store = scratch / "store"
     store.mkdir()
-    tokens, n_bytes = [0, 0], [0, 0]
+    tokens, n_bytes, hashers = [0, 0], [0, 0], [hashlib.sha256(), hashlib.sha256()]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(store / name, "wb")) for name in _FILES]
         for part, ids in _encode(_parts(corpus, scan, split), tokenizer):
-            files[part.side].write(ids.tobytes())
+            data = ids.tobytes()
+            files[part.side].write(data)
+            hashers[part.side].update(data)
             tokens[part.side] += len(ids)
             n_bytes[part.side] += part.n_bytes
             report("tokenizing", sum(n_bytes), scan.n_bytes)
@@ -262,6 +334,7 @@ def _build(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "dtype": _dtype(tokenizer).name,
         "tokens": tokens,
+        "sha256": [hasher.hexdigest() for hasher in hashers],
         "bytes": n_bytes,
         "n_documents": scan.n_documents,
         "split": split.mode,

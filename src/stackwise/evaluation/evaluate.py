@@ -39,6 +39,7 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
         prepared = prepare(own_data(RunDir.open(path), config), need_mask=training.needs_mask, progress=reporter.work)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: the text behind data.path has changed since the run; give the text with --data")
+        prepared.verify()
         tokens, bytes_per_token = prepared.validation, prepared.bytes_per_token
     if len(tokens) < 2:
         raise UserError(f"there are {len(tokens)} tokens to score; at least 2 are needed")

@@ -2,7 +2,8 @@
 
 ``FOLDER/objects/<sha256>.safetensors`` holds the tensors of one part (a Stack, the embedding, the optimizer…);
 ``FOLDER/step-<step>.json`` names the objects of one checkpoint and is renamed into place last, so that a checkpoint is
-there whole or not at all. A part that did not change is written once, whatever the number of checkpoints that hold it.
+there whole or not at all; ``FOLDER/newest`` then holds its step, by which a lost manifest is noticed. A part that did
+not change is written once, whatever the number of checkpoints that hold it.
 Every load compares the bytes it returns with the object's name. No pickle.
 
 The file format is https://github.com/huggingface/safetensors#format. It is written and read here, one tensor at a time,
@@ -109,6 +110,7 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep_last = keep_last
         self._objects = self.folder / "objects"
+        self._newest = self.folder / "newest"
         self._verified: set[str] = set()  # hashes of objects this process has written or read whole
         self._latest: dict[str, _Object] = {}  # the parts of the checkpoint last saved or loaded here
         self._deposits: dict[str, _Object] = {}  # parts that are in the store and not in memory
@@ -121,8 +123,8 @@ class CheckpointStore:
         return [manifest.step for manifest in self._complete()]
 
     def has_any(self) -> bool:
-        """Whether a checkpoint was ever saved here: a damaged one counts, and is ``load``'s error to raise."""
-        return bool(self._manifest_steps())
+        """Whether a checkpoint was ever saved here: a damaged or lost one counts, and is ``load``'s error to raise."""
+        return bool(self._manifest_steps()) or self._newest_step() is not None
 
     def save(
         self,
@@ -168,6 +170,7 @@ class CheckpointStore:
             path = self._manifest_path(step)
             write_atomic(path, [manifest_bytes])
             sync_directory(self.folder)
+            self._set_newest(step)
         except OSError as error:
             with contextlib.suppress(OSError):  # the error to report is the first one
                 self._delete_unnamed()
@@ -185,13 +188,20 @@ class CheckpointStore:
     def load(self, step: int | None = None, device: str | torch.device = "cpu") -> Checkpoint:
         """The checkpoint of ``step``, or the newest. Its parts are read, and checked, when they are asked for.
 
-        CheckpointError when there is none, or its manifest is damaged, or an object is missing or of the wrong size.
+        CheckpointError when there is none, or its manifest is damaged, or an object is missing or of the wrong size;
+        and when no ``step`` is asked for and the newest checkpoint's manifest is lost.
         """
-        steps = self._manifest_steps()
+        steps, newest = self._manifest_steps(), self._newest_step()
         if not steps:
-            raise CheckpointError(f"{self.folder} holds no checkpoint")
+            lost = "" if newest is None else f", though one of step {newest} was saved there: its manifest is lost"
+            raise CheckpointError(f"{self.folder} holds no checkpoint{lost}")
         if step is None:
             step = steps[-1]
+            if newest is not None and newest > step:
+                lost_manifest = CheckpointError(
+                    f"the checkpoint of step {newest}, the newest, is lost: {self._manifest_path(newest)} is missing"
+                )
+                raise self._with_advice(lost_manifest, newest)
         elif step not in steps:
             raise CheckpointError(
                 f"{self.folder} holds no checkpoint of step {step}, but of {', '.join(map(str, steps))}"
@@ -226,6 +236,21 @@ class CheckpointStore:
         assert isinstance(checkpoint.parts, _Parts)
         self._deposits[name] = checkpoint.parts.entry(name)
 
+    def verify(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+        """Compares parts of a loaded checkpoint that need not be read now with their hashes.
+
+        CheckpointError when one is damaged.
+        """
+        assert isinstance(checkpoint.parts, _Parts)
+        for name in names:
+            entry = checkpoint.parts.entry(name)
+            if not self._holds(entry):
+                path, problem = self._object_path(entry.sha256), "its content does not match its sha256"
+                try:
+                    self._raise_damaged(checkpoint.step, name, path, problem)
+                except CheckpointError as error:
+                    raise self._with_advice(error, checkpoint.step) from error
+
     def withdraw(self, name: str) -> dict[str, Tensor]:
         """The tensors of a deposit, from its file; hashed when this process reads it for the first time.
 
@@ -246,9 +271,10 @@ class CheckpointStore:
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps: the run goes back to ``step``. CheckpointError when it cannot."""
-        if all(other <= step for other in self._manifest_steps()):
+        if all(other <= step for other in (*self._manifest_steps(), self._newest_step() or 0)):
             return
         try:
+            self._set_newest(step)  # first: what is deleted on purpose is not lost
             self._retain(step)
         except OSError as error:
             raise CheckpointError(
@@ -266,6 +292,22 @@ class CheckpointStore:
 
     def _manifest_path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.json"
+
+    def _newest_step(self) -> int | None:
+        """The step of the checkpoint saved last, as it was noted then. CheckpointError when the note is damaged."""
+        try:
+            text = self._newest.read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{self._newest}: cannot be read: {error.strerror or error}") from error
+        if not re.fullmatch(r"\d{1,18}\n?", text, re.ASCII):
+            raise CheckpointError(f"{self._newest}: it holds {text[:20]!r} and no step; delete it to do without it")
+        return int(text)
+
+    def _set_newest(self, step: int) -> None:
+        write_atomic(self._newest, [f"{step}\n".encode()])
+        sync_directory(self.folder)
 
     def _object_path(self, sha256: str) -> Path:
         return self._objects / f"{sha256}.safetensors"
@@ -399,7 +441,7 @@ class CheckpointStore:
 
         Nothing but half-written files goes while a manifest cannot be read, since what it names is then unknown.
         """
-        remove_leftovers(self.folder, _MANIFEST_NAME.pattern)
+        remove_leftovers(self.folder, rf"{_MANIFEST_NAME.pattern}|newest")
         remove_leftovers(self._objects, _OBJECT_NAME.pattern)
         try:
             manifests = [self._read_manifest(step) for step in self._manifest_steps()]

@@ -16,6 +16,7 @@ from stackwise.growth.adapters import described, restore
 from stackwise.growth.precision import PrecisionManager
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore
+from stackwise.training.identity import check_config
 from stackwise.training.offload import fill_tensors
 from stackwise.training.rundir import RunDir
 
@@ -77,6 +78,7 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     if not store.has_any():
         raise UserError(f"model.initial: {config.model.initial!r} has no checkpoint yet")
     checkpoint = store.load()
+    check_config(checkpoint, base, run.config)
     for k in checkpoint.state["stacks"]:
         there, here = base.model.architecture.blocks_of(k), config.model.architecture.blocks_of(k)
         if there != here:

@@ -112,6 +112,7 @@ class Loop:
         run: where metrics and checkpoints go; ``None`` keeps nothing.
         reporter: what people see.
         fingerprint: of config and data, stored in checkpoints.
+        identity: what else checkpoints keep of the run they belong to.
         checkpoint: to go on from.
     """
 
@@ -132,6 +133,7 @@ class Loop:
         reporter: Reporter,
         memory: PeakMemory,
         fingerprint: str = "",
+        identity: Mapping[str, Any] | None = None,
         checkpoint: Checkpoint | None = None,
         preparation_flops: Sequence[float] | None = None,
     ) -> None:
@@ -140,7 +142,7 @@ class Loop:
         self.preparation_flops = preparation_flops or [0.0] * len(self.phases)
         self.device, self.compute_dtype, self.peak_flops = device, compute_dtype, peak_flops
         self.validate, self.run, self.reporter, self.memory = validate, run, reporter, memory
-        self.fingerprint = fingerprint
+        self.fingerprint, self.identity = fingerprint, identity or {}
         self.state = RunState()
         self.validation: Validation | None = None
         settings = config.training.checkpoint
@@ -501,17 +503,12 @@ class Loop:
                 parts.setdefault(part, {})[name] = tensor.detach()
         frozen = set(parts) - {name.partition("/")[0] for name in parameters}
         parts["optimizer"] = flatten(moments_of(optimizer, parameters))
-        state = {"fingerprint": self.fingerprint, **structure(self.rack), "run": self.state.to_dict()}
+        state = {"fingerprint": self.fingerprint, **self.identity, **structure(self.rack), "run": self.state.to_dict()}
         self.store.save(self.state.step, parts, state, unchanged=frozen & self._saved_frozen, deposited=deposited)
         self._saved_frozen = frozen
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Takes up weights, moments and counters; the Rack already has the right Stacks."""
-        if checkpoint.state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                "the checkpoint belongs to other settings or other data than this run's; "
-                "config.yaml or the text behind data.path was changed: start a new run"
-            )
         assert self.store is not None
         for stack in self.rack.stacks:
             if any(p.is_meta for p in stack.parameters()):
@@ -521,7 +518,9 @@ class Loop:
         self._moments = unflatten(checkpoint.part("optimizer"))
         self.state = RunState.from_dict(checkpoint.state["run"])
         assert self.run is not None and self.store is not None
-        # Checkpoints before metrics: killed in between, the run still has every line up to its newest checkpoint.
+        # Checkpoints before metrics: killed in between, the run still has every line up to its newest checkpoint. The
+        # summary first: a run that goes on from one of its steps is no longer complete.
+        self.run.remove_summary()
         self.store.delete_after(self.state.step)
         self.run.truncate_metrics(self.state.step)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.training.checkpoints import CheckpointStore
+from stackwise.training.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
 from stackwise.training.loop import Loop, RunState
 from stackwise.training.memory import PeakMemory, return_freed_memory
@@ -53,7 +52,7 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     """The newest checkpoint (or that of ``step``) of the run in ``path``.
 
     Raises:
-        UserError: no run is there, or it has no checkpoint yet.
+        UserError: no run is there, or it has no checkpoint yet, or its config or tokenizer is not the checkpoint's.
         RunError: the checkpoint is damaged.
     """
     run = RunDir.open(path)
@@ -62,9 +61,23 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     if not store.has_any():
         raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} goes on with its training")
     checkpoint = store.load(step)
+    if step is None:
+        _check_against_summary(run, checkpoint.step)
+    check_config(checkpoint, config, run.config)
     tokenizer = load_tokenizer(run.tokenizer)
+    check_tokenizer(checkpoint, tokenizer, run.tokenizer)
     rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint.step)
+
+
+def _check_against_summary(run: RunDir, newest: int) -> None:
+    """RunError when the newest checkpoint is not the one that the training ended with."""
+    end = run.steps_of_summary()
+    if end is not None and newest < end:
+        raise RunError(
+            f"{run.path}: summary.json is of step {end}, but the newest checkpoint is of step {newest}: the last one "
+            f"is lost; --step {newest} takes this one, stackwise resume {run.path} --step {newest} trains on from it"
+        )
 
 
 def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
@@ -100,6 +113,7 @@ def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) ->
     """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none."""
     run = RunDir.open(path)
     if run.is_complete() and step is None:
+        _check_against_summary(run, CheckpointStore(run.checkpoints).load().step)
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
     with stoppable(_prospect(path)), run.lock():
@@ -127,7 +141,8 @@ def write_untrained_run(
             run = RunDir(scratch)
             write_text_atomic(run.config, config.to_yaml())
             tokenizer.save(run.tokenizer)
-            state = {"fingerprint": IMPORTED, "stacks": list(stacks), "run": RunState().to_dict()}
+            whose = identity(config, tokenizer, None)
+            state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
             CheckpointStore(run.checkpoints).save(0, parts, state)
             if not publish(scratch, out):
                 raise UserError(f"{out}: already exists; give a new folder")
@@ -159,13 +174,20 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     if checkpoint is not None and checkpoint.state["fingerprint"] == IMPORTED:
         raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
     if checkpoint is None:
+        _refuse_if_lost(run, training.checkpoint.every_steps)
+        run.remove_summary()
         run.truncate_metrics(0)
+    else:
+        check_config(checkpoint, config, run.config)
     data = prepare(own_data(run, config), need_mask=training.needs_mask, progress=reporter.work)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
         f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
         f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
     )
+    if checkpoint is not None:
+        check_data(checkpoint, config, data)
+        check_tokenizer(checkpoint, data.tokenizer, run.tokenizer)
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
@@ -193,6 +215,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     else:
         phase = planned.phases[min(checkpoint.state["run"]["phase"], len(planned.phases) - 1)]
         away = phase.away(training.offload) & set(checkpoint.state["stacks"])
+        store.verify(checkpoint, [f"stack.{k}" for k in sorted(away)])
         rack = rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
@@ -215,8 +238,10 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         reporter=reporter,
         memory=memory,
         fingerprint=run_fingerprint(config, data),
+        identity=identity(config, data.tokenizer, data),
         checkpoint=checkpoint,
     )
+    data.verify()
     state = loop.train()
     validation = loop.validation or score(rack, objectives[training.objective])
     peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
@@ -232,6 +257,17 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     }
     run.write_summary(summary)
     return summary
+
+
+def _refuse_if_lost(run: RunDir, every_steps: int) -> None:
+    """RunError when a run without a checkpoint has trained beyond its first one: nothing is begun anew over it."""
+    records = run.read_metrics()
+    last = records[-1] if records else {"step": 0}
+    if run.is_complete() or last["step"] > every_steps or last.get("phase") != (records or [last])[0].get("phase"):
+        raise RunError(
+            f"{run.path}: its checkpoints are lost: it has trained to step {last['step']}, but {run.checkpoints} holds "
+            "no manifest (step-*.json); put them back, or start a new run in another folder"
+        )
 
 
 def validate_run(
@@ -253,12 +289,3 @@ def validate_run(
         draws=config.training.evaluation.draws,
         compute_dtype=compute_dtype,
     )
-
-
-def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
-    """A hash of the data and of every setting that decides what the steps compute."""
-    settings = config.to_dict()
-    for key in ("device", "cpu_allocator", "logging", "checkpoint"):
-        settings["training"].pop(key)
-    settings["data"] = data.key
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

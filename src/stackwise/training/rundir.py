@@ -183,12 +183,8 @@ class RunDir:
         return [record for _, record in self._metric_lines()]
 
     def truncate_metrics(self, step: int) -> None:
-        """Keeps the complete lines of steps up to ``step`` and drops a torn end; for a resume from ``step``.
-
-        The summary goes first: a run that goes on from one of its steps is no longer complete.
-        """
+        """Keeps the complete lines of steps up to ``step`` and drops a torn end; for a resume from ``step``."""
         try:
-            self.summary.unlink(missing_ok=True)
             if not os.path.lexists(self.metrics):
                 return
             write_atomic(self.metrics, (line for line, record in self._metric_lines() if record["step"] <= step))
@@ -216,6 +212,22 @@ class RunDir:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``, which marks the run complete. Numbers must be finite."""
         write_text_atomic(self.summary, finite_json(summary, str(self.summary), indent=2) + "\n")
+
+    def remove_summary(self) -> None:
+        """The run is no longer complete. RunError when the summary cannot be deleted."""
+        try:
+            self.summary.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.summary}: cannot be deleted: {reason(error)}") from error
+
+    def steps_of_summary(self) -> int | None:
+        """The steps of the run that ``summary.json`` describes, None when it has none that can be read."""
+        if not self.is_complete():
+            return None
+        try:
+            return sum(int(phase["steps"]) for phase in self.read_summary()["phases"])
+        except (RunError, KeyError, TypeError, ValueError):
+            return None
 
     def read_summary(self) -> dict[str, Any]:
         """What ``write_summary`` was given. UserError while the run has none, RunError when it is damaged."""

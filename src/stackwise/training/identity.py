@@ -1,0 +1,102 @@
+"""Whose a checkpoint is: the settings, the text and the tokenizer of its run, compared before it is used.
+
+``config.yaml``, the text behind ``data.path`` and the tokenizer's folder can be changed after training, or come from
+another run; weights whose shapes happen to fit would then be scored, and trained on, as something they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.store import PreparedData
+from stackwise.data.tokenizers import Tokenizer
+from stackwise.errors import UserError
+from stackwise.training.checkpoints import Checkpoint
+
+_FREE = ("device", "cpu_allocator", "logging", "checkpoint")
+"""Settings of ``training`` that decide nothing of what is computed."""
+
+
+def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
+    """A hash of the data, its bytes included, and of every setting that decides what the steps compute."""
+    return _fingerprint(config, [data.key, data.sha256])
+
+
+def identity(config: StackWiseConfig, tokenizer: Tokenizer, data: PreparedData | None) -> dict[str, Any]:
+    """What a checkpoint keeps of its run, as JSON; ``data`` is None for weights that were not trained here."""
+    text = None if data is None else {"key": data.key, "sha256": data.sha256}
+    return {"config": _settings(config), "tokenizer": tokenizer.fingerprint, "data": text}
+
+
+def check_config(checkpoint: Checkpoint, config: StackWiseConfig, file: Path) -> None:
+    """UserError that names the first setting in which ``config``, read from ``file``, is not the checkpoint's.
+
+    Settings that only one of the two has are those of another version, and have their defaults.
+    """
+    saved = checkpoint.state.get("config")
+    if saved is None:
+        return
+    here = _settings(config)
+    for key in sorted(saved.keys() & here.keys()):
+        if saved[key] != here[key]:
+            raise UserError(
+                f"{file}: {key} is {here[key]!r}, but the checkpoint of step {checkpoint.step} was trained with "
+                f"{saved[key]!r}: this config.yaml does not belong to it; put the run's own one back"
+            )
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path) -> None:
+    """UserError when ``tokenizer``, read from ``folder``, is not the one that the checkpoint was trained with."""
+    if checkpoint.state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder}: this is not the tokenizer that the checkpoint of step {checkpoint.step} was trained with; "
+            "put the run's own one back"
+        )
+
+
+def check_data(checkpoint: Checkpoint, config: StackWiseConfig, data: PreparedData) -> None:
+    """UserError when the text is no longer the one that the checkpoint was trained on.
+
+    A checkpoint from before the store hashed its arrays is compared by what determines them.
+    """
+    state = checkpoint.state
+    if "data" not in state:
+        if state["fingerprint"] != _fingerprint(config, data.key):
+            raise UserError(
+                f"the checkpoint of step {checkpoint.step} was saved by an earlier version, or config.yaml or the text "
+                "behind data.path was changed since: start a new run"
+            )
+    elif state["data"] != {"key": data.key, "sha256": data.sha256}:
+        raise UserError(
+            f"the text behind data.path is not the one that the checkpoint of step {checkpoint.step} was trained on, "
+            "or it is split or tokenized in another way: put it back, or start a new run"
+        )
+
+
+def _settings(config: StackWiseConfig) -> dict[str, Any]:
+    """The settings of model and training with dotted keys, lists whole; the text is known by its content."""
+    settings = config.to_dict()
+    for key in _FREE:
+        settings["training"].pop(key)
+    del settings["data"]
+    return dict(_flat(settings, ""))
+
+
+def _flat(section: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return flat
+
+
+def _fingerprint(config: StackWiseConfig, data: object) -> str:
+    settings = config.to_dict()
+    for key in _FREE:
+        settings["training"].pop(key)
+    settings["data"] = data
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
