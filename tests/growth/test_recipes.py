@@ -59,6 +59,13 @@ def test_a_recipe_decides_alone_what_is_its_own(name):
         assert apply_recipe(apply_recipe(config(), other), name) == apply_recipe(config(), name)
 
 
+def test_a_recipe_keeps_the_objective_of_the_last_phase():
+    phases = "training.phases=[{add: 1, objective: clm}, {add: rest, objective: mlm}]"
+    after = apply_recipe(config(3, 2, "training.strategy=phases", phases), "grown")
+    assert after.training.objectives == ("mlm",)
+    assert {phase.objective for phase in build_phases(after)} == {None}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_config_of_a_recipe_is_the_recipe_on_the_shared_base(name):
     file = FOLDER / f"{name}.yaml"

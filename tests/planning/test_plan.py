@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,49 @@ def test_the_change_that_is_found_fits_and_needs_each_of_its_parts() -> None:
     for override in change.overrides:
         fewer = [other for other in change.overrides if other != override]
         assert not fewer or planner(settings.override(fewer)).fits is False
+
+
+SET_ALREADY: dict[str, tuple[str, ...]] = {
+    "sgd": ("training.optimizer={optimizer_type: sgd}",),
+    "lean": ("training.optimizer.moments=int8", "training.activation_checkpointing=true", "training.offload=disk",
+             "training.micro_batch_size=1", "training.checkpoint.keep_last=1",
+             "training.progressive={trunk_strategy: frozen, trunk_precision: nf4, cache_activations: true}",
+             "training.cache.dtype=fp8", "model.architecture.blocks_per_stack=2"),
+    "end to end": ("training.strategy=end_to_end",),
+    "prepend": ("training.progressive.building_mode=prepend",),
+    "phases": ("training.strategy=phases", "training.phases=[{add: rest}]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SET_ALREADY)
+def test_every_change_that_is_tried_changes_the_config(name: str) -> None:
+    settings = config(*SET_ALREADY[name])
+    for missing in (["device memory"], ["device memory", "host memory"], ["host memory"], ["disk"]):
+        found = list(combinations(settings, missing))
+        assert all(settings.override(change) != settings for change in found)
+        for fewer, more in pairwise(found):
+            if more[: len(fewer)] == fewer:
+                assert settings.override(more) != settings.override(fewer)
+    if name == "lean":
+        smaller = ("model.architecture.blocks_per_stack=1", "model.architecture.n_stacks=6")
+        assert list(combinations(settings, ["device memory"])) == [smaller]
+
+
+def test_what_sgd_does_not_have_does_not_stand_in_the_way_of_what_fits() -> None:
+    settings = config(*SET_ALREADY["sgd"], n_stacks=2)
+    whole = planned(settings)
+
+    def planner(changed: StackWiseConfig) -> Plan:
+        training = changed.training
+        fits = training.activation_checkpointing and training.progressive.trunk_precision == "nf4"
+        return replace(whole, limit=whole.peak_memory_bytes - (not fits))
+
+    change = first_change_that_fits(settings, planner, planner(settings))
+    assert change is not None and change.overrides == (
+        "training.activation_checkpointing=true",
+        "training.progressive.trunk_strategy=frozen",
+        "training.progressive.trunk_precision=nf4",
+    )
 
 
 def test_no_change_is_named_when_none_fits() -> None:

@@ -178,7 +178,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 _OWNED = ("strategy", "end_to_end_scope", "phases", "qlora", "activation_checkpointing")
 """Settings of ``training`` that a recipe decides; of ``training.progressive`` it decides all but the objective."""
-_KEPT = ("target_stacks", "training_objective", "time_interpretation")
+_KEPT = ("target_stacks", "time_interpretation")
 
 
 def recipe_names(text: str) -> list[str]:
@@ -192,7 +192,8 @@ def recipe_names(text: str) -> list[str]:
 
 
 def apply_recipe(config: StackWiseConfig, name: str) -> StackWiseConfig:
-    """``config`` trained by a recipe: its sizes, data, budget, optimizer and schedule, the recipe's curriculum.
+    """``config`` trained by a recipe: its sizes, data, objective, budget, optimizer and schedule, the recipe's
+    curriculum. Of a config whose phases have objectives of their own, the objective is that of the last one.
 
     Raises:
         UserError: there is no such recipe, or it does not fit the config.
@@ -201,6 +202,7 @@ def apply_recipe(config: StackWiseConfig, name: str) -> StackWiseConfig:
     data = config.to_dict()
     training = {key: value for key, value in data["training"].items() if key not in _OWNED}
     progressive = {key: value for key, value in training.pop("progressive").items() if key in _KEPT}
+    progressive["training_objective"] = config.training.objective
     settings = dict(recipe.training)
     progressive |= settings.pop("progressive", {})
     data["training"] = {**training, **settings, "progressive": progressive}

@@ -86,51 +86,55 @@ def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[
     Args:
         missing: of ``Plan.missing``: what there is not enough of.
     """
-    training, progressive = config.training, config.training.progressive
+    training = config.training
     if "disk" in missing:
-        if training.checkpoint.keep_last > 1:
-            yield ("training.checkpoint.keep_last=1",)
-        if progressive.cache_activations:
+        yield ("training.checkpoint.keep_last=1",)
+        if training.progressive.cache_activations:
             yield ("training.cache.dtype=fp8",)
     if "device memory" in missing:
         micro = training.micro_batch_size or training.batch_size
-        if micro > 1:
-            halves = [m for m in range(1, micro // 2 + 1) if training.batch_size % m == 0]
-            yield (f"training.micro_batch_size={halves[-1]}",)
-            if len(halves) > 1:
-                yield ("training.micro_batch_size=1",)
-        if not training.activation_checkpointing:
-            yield ("training.activation_checkpointing=true",)
-        if "moments" in type(training.optimizer).model_fields:
-            yield ("training.optimizer.moments=int8",)
-        grows = training.strategy == "progressive"
-        if grows and progressive.trunk_strategy == "trainable":
-            yield ("training.progressive.trunk_strategy=frozen",)
-        if grows and progressive.trunk_precision == "full":
+        halves = [m for m in range(1, micro // 2 + 1) if training.batch_size % m == 0]
+        for size in dict.fromkeys((*halves[-1:], *halves[:1])):
+            yield (f"training.micro_batch_size={size}",)
+        yield ("training.activation_checkpointing=true",)
+        yield ("training.optimizer.moments=int8",)
+        if training.strategy == "progressive":
+            if training.progressive.trunk_strategy == "trainable":
+                yield ("training.progressive.trunk_strategy=frozen",)
             yield ("training.progressive.trunk_precision=nf4",)
-        if grows and not progressive.cache_activations:
             yield ("training.progressive.cache_activations=true",)
-        if training.offload == "none" and (grows or config.freezes_stacks):
-            yield ("training.offload=disk" if "host memory" in missing else "training.offload=host",)
+        if training.offload == "none" and "host memory" not in missing:
+            yield ("training.offload=host",)
+    if missing and missing != ["disk"]:
+        yield ("training.offload=disk",)
+    if "device memory" in missing:
         architecture = config.model.architecture
-        if isinstance(architecture.blocks_per_stack, int) and progressive.target_stacks is None:
+        if isinstance(architecture.blocks_per_stack, int) and training.progressive.target_stacks is None:
             blocks, n_stacks = architecture.blocks_per_stack, architecture.n_stacks
             smaller = max((b for b in range(1, blocks // 2 + 1) if blocks % b == 0), default=blocks)
-            if smaller < blocks:
-                yield (
-                    f"model.architecture.blocks_per_stack={smaller}",
-                    f"model.architecture.n_stacks={n_stacks * blocks // smaller}",
-                )
-    if "host memory" in missing and training.offload == "host":
-        yield ("training.offload=disk",)
+            yield (
+                f"model.architecture.blocks_per_stack={smaller}",
+                f"model.architecture.n_stacks={n_stacks * blocks // smaller}",
+            )
 
 
 def combinations(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Single changes, then the first two together, the first three, and so on."""
+    """Single changes, then the first two together, the first three, and so on.
+
+    What does not go with the config and the changes before it, or is so already, is left out.
+    """
     changes = list(single_changes(config, missing))
-    yield from changes
-    for n in range(2, len(changes) + 1):
-        yield tuple(override for change in changes[:n] for override in change)
+    for change in changes:
+        if _overridden(config, change) not in (None, config):
+            yield change
+    together: tuple[str, ...] = ()
+    reached, count = config, 0
+    for change in changes:
+        found = _overridden(config, (*together, *change))
+        if found is not None and found != reached:
+            together, reached, count = (*together, *change), found, count + 1
+            if count > 1:
+                yield together
 
 
 def first_change_that_fits(
@@ -152,7 +156,16 @@ def first_change_that_fits(
 
 def _planned(config: StackWiseConfig, overrides: tuple[str, ...], plan: Planner) -> Plan | None:
     """``None`` where the overrides do not go with the config."""
+    changed = _overridden(config, overrides)
     try:
-        return plan(config.override(overrides))
+        return None if changed is None else plan(changed)
+    except UserError:
+        return None
+
+
+def _overridden(config: StackWiseConfig, overrides: tuple[str, ...]) -> StackWiseConfig | None:
+    """``None`` where the overrides do not go with the config."""
+    try:
+        return config.override(overrides)
     except UserError:
         return None

@@ -17,15 +17,16 @@ from stackwise.files import write_text_atomic
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
 from stackwise.signals import PARENT_PIPE, SIGNALS, StopRequest, stop_if_asked, stoppable
+from stackwise.training.initial import initial_stacks
 from stackwise.training.rundir import RunDir
 
 
 def equal_budget(config: StackWiseConfig) -> float:
-    """FLOPs that every recipe gets: ``training.max_flops``, or what the budget buys end to end."""
+    """FLOPs that every recipe gets: ``training.max_flops``, or what the recipe end-to-end takes for the budget."""
     unit, budget = config.training.budget
     if unit == "flops":
         return budget
-    return plan_run(config.override(["training.strategy=end_to_end"]), Path.cwd()).flops
+    return plan_run(apply_recipe(config, "end-to-end"), Path.cwd(), present=initial_stacks(config)).flops
 
 
 def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) -> list[dict[str, Any]]:
