@@ -80,9 +80,9 @@ def test_terms_are_the_cross_entropy_of_each_position(problem):
 
 
 @pytest.mark.parametrize("chunk", [5, 100])
-def test_weights_count_each_position_and_an_excluded_token_is_never_predicted(problem, chunk):
+@pytest.mark.parametrize("excluded", [0, 11, V - 1])
+def test_weights_count_each_position_and_an_excluded_token_is_never_predicted(problem, chunk, excluded):
     hidden, weight, targets = problem
-    excluded = 11
     targets = torch.where(targets == excluded, 12, targets)
     weights = torch.rand(N, generator=torch.Generator().manual_seed(8))
     logits = (hidden @ weight.T).index_fill(1, torch.tensor([excluded]), float("-inf"))

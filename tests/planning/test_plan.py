@@ -19,6 +19,7 @@ from stackwise.growth.recipes import RECIPES
 from stackwise.planning import cost as cost_module
 from stackwise.planning.cost import PhaseCost, PhaseCoster
 from stackwise.planning.devices import BF16_PEAK, DEVICES, Machine, named_machine
+from stackwise.planning.flops import Flops
 from stackwise.planning.plan import Plan, plan_run, stored_bytes
 from stackwise.planning.recommend import (
     PREFERENCE,
@@ -121,10 +122,8 @@ def test_on_a_cpu_the_host_is_the_device_and_nothing_waits_there() -> None:
 
 
 def test_checkpoints_hold_what_is_frozen_once_and_what_trains_and_its_moments_in_every_one() -> None:
-    first = PhaseCost(7, 7, 1.0, weights=28, gradients=28, optimizer=56, activations=0, logits=0, peak=0)
-    second = PhaseCost(
-        5, 12, 1.0, weights=30, gradients=20, optimizer=40, activations=0, logits=0, peak=0, waiting=11, cache_bytes=3
-    )
+    first = PhaseCost(7, 7, Flops(1.0), weights=28, gradients=28, optimizer=56, activations=0, logits=0, peak=0)
+    second = replace(first, weights=30, gradients=20, optimizer=40, waiting=11, cache_bytes=3)
     assert stored_bytes([first], keep_last=2) == 3 * (28 + 56)
     assert stored_bytes([second], keep_last=1) == (30 + 11 - 20) + 2 * (20 + 40) + 3
     # While the second phase begins, some of the checkpoints are the first one's.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stackwise.ops.coding import coding
+
 GROUP = 128
 """Values of a row that share a scale in fp8."""
 SEGMENT_BYTES = 1 << 26
@@ -86,7 +88,9 @@ class _FP8:
         # 448 = 1.75 · 2⁸; the least normal power of two is 2⁻¹²⁶, which the exponent 1 stands for.
         exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=1)
         exponent = torch.where(bits >= 0x7F800000, 255, exponent)
-        codes = (x / _power_of_two(exponent)).view(*rows, groups * GROUP)[..., :C]
+        with coding():
+            scaled = x / _power_of_two(exponent)
+        codes = scaled.view(*rows, groups * GROUP)[..., :C]
         return codes.to(torch.float8_e4m3fn), exponent.to(torch.uint8)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +98,8 @@ class _FP8:
         *rows, C = codes.shape
         groups = exponent.shape[-1]
         x = pad(_e4m3_values(codes), (0, groups * GROUP - C)).view(*rows, groups, GROUP)
-        x = x * _power_of_two(exponent)
+        with coding():
+            x = x * _power_of_two(exponent)
         return x.view(*rows, groups * GROUP)[..., :C].to(dtype).contiguous()
 
 

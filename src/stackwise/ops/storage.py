@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stackwise.ops.coding import coding
+
 Precision = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
 DTYPES: dict[str, torch.dtype] = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 """Precisions that are a dtype of the weight itself."""
@@ -89,9 +91,10 @@ def decode(stored: dict[str, Tensor], precision: Precision, shape: torch.Size, d
         # A byte is two codes: one look-up gives both.
         pairs = torch.stack((table[:, None].expand(16, 16), table[None].expand(16, 16)), dim=-1).view(256, 2)
         values = F.embedding(stored["codes"].to(torch.int32), pairs).view(-1, block)
+    with coding():
         if precision == "nvfp4":
             scales = scales * stored["scale"]
-    values = values.mul_(scales[:, None]) if precision != "int8" else values * scales[:, None]
+        values = values.mul_(scales[:, None]) if precision != "int8" else values * scales[:, None]
     return values.flatten()[: shape.numel()].view(shape).to(dtype)
 
 

@@ -2,13 +2,13 @@
 
 The real model, loss and backward pass run on fake tensors, which have shapes and no data: a counter adds up the FLOPs
 of the matrix products and attentions, and a ledger follows every storage from its allocation to its release. What is
-planned is therefore what runs, for every model that runs. The FLOPs are those that ``torch``'s counter counts: two a
-multiply-add, attention over all T² pairs.
+planned is therefore what runs, for every model that runs. ``planning.flops`` says what counts as a FLOP.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.schema import ObjectiveName, OptimizerConfig
@@ -33,31 +32,16 @@ from stackwise.model.spec import BlockSpec
 from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
-from stackwise.ops.boundary import BoundaryLayout
+from stackwise.ops.boundary import BoundaryLayout, boundary_format
+from stackwise.ops.coding import CODING
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
-from stackwise.optim.create import state_bytes, step_bytes
+from stackwise.optim.create import create_optimizer, is_matrix_of_a_stack, state_bytes, step_bytes
+from stackwise.planning.flops import Flops, flops_of, multiplications_of
 from stackwise.signals import stop_if_asked, stoppable
 
 READ_AHEAD = 3
 """Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
-) -> int:
-    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
-
-
-# torch's registry has the attention kernels of accelerators only; the dry run takes the CPU's.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 class Ledger(TorchDispatchMode):
@@ -65,15 +49,24 @@ class Ledger(TorchDispatchMode):
 
     ``FlopCounterMode`` itself keeps checkpointed activations alive through its module hooks, so its formulas are used
     without it.
+
+    Attributes:
+        kind: of the products that run, as far as the caller knows it: a field of ``Flops``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "forward") -> None:
         super().__init__()
-        self.flops = 0
+        self.kind = kind
+        self._flops: Counter[str] = Counter()
+        self._regions: list[str] = []
         self.live = 0
         self.peak = 0
         self.segments: list[int] = []
         self._known: dict[int, Any] = {}
+
+    @property
+    def flops(self) -> Flops:
+        return Flops(**{kind: float(count) for kind, count in self._flops.items()})
 
     def mark(self) -> int:
         """Ends a segment, and begins the next one: the peak of the ended one."""
@@ -91,10 +84,7 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func._overloadpacket
-        formula = _CPU_ATTENTION.get(packet) or flop_registry.get(packet)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+        self._count(func, args, kwargs, out)
         for tensor in tree_iter(out):
             if not isinstance(tensor, Tensor):
                 continue
@@ -106,6 +96,18 @@ class Ledger(TorchDispatchMode):
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._release, key, storage.nbytes()).atexit = False
         return out
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func is torch.ops.profiler._record_function_enter_new.default:
+            self._regions.append(args[0])
+        elif func is torch.ops.profiler._record_function_exit._RecordFunction:
+            self._regions.pop()
+        elif self._regions and self._regions[-1] == CODING:
+            self._flops["cache" if self.kind == "cache" else "dequantisation"] += multiplications_of(func, out)
+        else:
+            # Autograd's own products run without gradients; a recomputed forward pass wants them.
+            again = self.kind == "backward" and torch.is_grad_enabled()
+            self._flops["recomputation" if again else self.kind] += flops_of(func, args, kwargs, out)
 
     def _release(self, key: int, size: int) -> None:
         del self._known[key]
@@ -123,7 +125,7 @@ class PhaseCost:
 
     Attributes:
         trainable_parameters, parameters: how many; a 4-bit code counts as one.
-        flops: of one step.
+        kinds: FLOPs of one step by kind; ``flops`` is their sum.
         weights: on the device, adapters and scales included.
         gradients, optimizer: of what trains.
         activations: what the forward pass keeps for the backward pass of one micro-batch.
@@ -131,14 +133,15 @@ class PhaseCost:
             sum.
         peak: of the device's memory while steps run.
         waiting: bytes of the Stacks that are not on the device.
-        roll_flops: of one batch through each Stack before the boundary where a cached phase enters.
+        roll_flops: of one batch through each Stack before the boundary where a cached phase enters, what lies between
+            the cache's boundaries included: the embedding, reading and writing.
         cache_bytes: of the activation cache on disk, while it rolls.
         host: bytes in the memory of an accelerator's host: what waits there, and batches on their way.
     """
 
     trainable_parameters: int
     parameters: int
-    flops: float
+    kinds: Flops
     weights: int
     gradients: int
     optimizer: int
@@ -149,6 +152,10 @@ class PhaseCost:
     roll_flops: tuple[float, ...] = ()
     cache_bytes: int = 0
     host: int = 0
+
+    @property
+    def flops(self) -> float:
+        return self.kinds.total
 
     def memory(self) -> dict[str, int]:
         names = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "waiting")
@@ -209,6 +216,8 @@ def measure_segments(
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
     hooks = [stack.register_forward_hook(partial(_marking, ledger)) for stack in rack.stacks]
+    below = [module for module in (rack.embedding, rack.embedding.time, *rack.stacks) if module is not None]
+    hooks += [module.register_forward_pre_hook(partial(_entering, ledger)) for module in below]
     inside = settings.in_backward
     if inside:
         for name, parameter in trained.items():
@@ -228,6 +237,7 @@ def measure_segments(
                 loss = loss_of(rack, inputs)
                 activations = ledger.live
                 logits = max(0, ledger.mark() - activations)
+        ledger.kind = "head"
         loss.backward()
         del loss
         if not inside:
@@ -235,6 +245,7 @@ def measure_segments(
         ledger.mark()
     for hook in hooks:
         hook.remove()
+    update = _update_flops(trained, settings)
     for parameter in trained.values():
         parameter.grad = None
     held = gradients if micro_batches > 1 else 0  # earlier micro-batches' gradients wait while the next one runs
@@ -243,7 +254,7 @@ def measure_segments(
     cost = PhaseCost(
         trainable_parameters=sum(p.numel() for p in trained.values()),
         parameters=sum(parameters_of(module) for module in rack.parts().values()),
-        flops=float(ledger.flops * micro_batches),
+        kinds=ledger.flops * micro_batches + update,
         weights=weights,
         gradients=gradients,
         optimizer=state,
@@ -257,12 +268,35 @@ def measure_segments(
 def _marking(ledger: Ledger, stack: torch.nn.Module, inputs: Any, output: Tensor) -> None:
     """Ends a segment after a Stack's forward pass, and another one before its backward pass."""
     ledger.mark()
+    ledger.kind = "head"  # unless another Stack follows
     if output.requires_grad:
         output.register_hook(partial(_mark_backward, ledger))
 
 
+def _entering(ledger: Ledger, module: torch.nn.Module, inputs: Any) -> None:
+    if ledger.kind == "head":
+        ledger.kind = "forward"
+
+
 def _mark_backward(ledger: Ledger, gradient: Tensor) -> None:
     ledger.mark()
+    ledger.kind = "backward"
+
+
+def _update_flops(trained: Mapping[str, torch.nn.Parameter], settings: OptimizerConfig) -> Flops:
+    """Of one update of what has a gradient.
+
+    Muon's runs on these fake tensors. AdamW and SGD multiply elementwise only, which does not count.
+    """
+    matrices = {name: p for name, p in trained.items() if is_matrix_of_a_stack(name, p)}
+    if settings.optimizer_type != "muon" or not matrices:
+        return Flops()
+    for parameter in matrices.values():
+        parameter.grad = torch.empty_like(parameter)  # an update in the backward pass has dropped it
+    optimizer = create_optimizer(matrices, settings)
+    with Ledger("optimizer") as ledger:
+        optimizer.step()
+    return ledger.flops
 
 
 def _extended(
@@ -300,7 +334,6 @@ def _extended(
     names = (
         "trainable_parameters",
         "parameters",
-        "flops",
         "weights",
         "gradients",
         "optimizer",
@@ -309,7 +342,8 @@ def _extended(
     )
     fields: dict[str, Any] = {name: grown(getattr(small, name), getattr(large, name)) for name in names}
     held = [cost.peak - max(found) for cost, found in (three, four)]  # beside what the segments hold
-    return replace(large, **fields, peak=max(segments) + grown(*held)), segments
+    kinds = small.kinds * (1 - more) + large.kinds * more
+    return replace(large, **fields, kinds=kinds, peak=max(segments) + grown(*held)), segments
 
 
 @dataclass(frozen=True)
@@ -330,13 +364,13 @@ class _Kind:
 @dataclass(frozen=True)
 class _StackFacts:
     """Of a Stack that runs without gradients: bytes (those of its adapters too, or not), parameters, FLOPs of one
-    micro-batch, and what it holds then.
+    micro-batch by kind, and what it holds then.
     """
 
     bytes: int
     own_bytes: int
     parameters: int
-    flops: int
+    flops: Flops
     transient: int
 
 
@@ -455,6 +489,16 @@ class PhaseCoster:
         peak = cost.peak - cost.weights + resident + ahead * largest_away
         batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
         cached = phase.cached
+        below = [facts.flops * micro_batches for facts in before]
+        rolls: tuple[float, ...] = ()
+        if before:
+            below[0] += self._embedding_flops() * micro_batches
+        if phase.enters:
+            encode, decode = self._coding_flops()
+            rolls = tuple(
+                flops.total + encode.total + decode.total * (k > 0) for k, flops in enumerate(below[: phase.enters])
+            )
+            below = [decode] if cached else [*below, (encode + decode) * phase.enters]
         if cached:
             peak += READ_AHEAD * batch * ahead
             rolling = max(facts.bytes + facts.transient for facts in before)
@@ -472,11 +516,11 @@ class PhaseCoster:
         return replace(
             cost,
             parameters=cost.parameters + sum(facts.parameters for facts in before),
-            flops=cost.flops + (0 if cached else sum(facts.flops for facts in before) * micro_batches),
+            kinds=sum(below, cost.kinds),
             weights=resident,
             peak=peak,
             waiting=waiting + rest_away + elsewhere,
-            roll_flops=tuple(float(facts.flops * micro_batches) for facts in before) if cached else (),
+            roll_flops=rolls if cached else (),
             host=host,
         )
 
@@ -536,6 +580,25 @@ class PhaseCoster:
             rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
             RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, entered, loss_of,
         )  # fmt: skip
+
+    def _embedding_flops(self) -> Flops:
+        """Of one micro-batch of tokens, without gradients."""
+        rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+        tokens = torch.zeros(self._micro, self.config.training.seq_len, dtype=torch.int64)
+        with Ledger() as ledger, torch.no_grad(), autocast(torch.device("cpu"), self.compute_dtype):
+            rack.embed(tokens)
+        return ledger.flops
+
+    def _coding_flops(self) -> tuple[Flops, Flops]:
+        """Of encoding a batch at a boundary, and of decoding it."""
+        training = self.config.training
+        form = boundary_format(training.cache.dtype)
+        x = torch.zeros(training.batch_size, training.seq_len, self._spec.d_model)
+        with Ledger("cache") as encoding:
+            parts = form.encode(x)
+        with Ledger("cache") as decoding:
+            form.decode(parts)
+        return encoding.flops, decoding.flops
 
     def _embedding_bytes(self) -> int:
         """Of a table that may wait elsewhere: 0 where the head needs it."""

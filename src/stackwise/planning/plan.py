@@ -17,6 +17,7 @@ from stackwise.growth.phases import Phase
 from stackwise.model.lexical import resolve_family
 from stackwise.planning.cost import PhaseCost, PhaseCoster, preparation_flops
 from stackwise.planning.devices import Machine, this_machine
+from stackwise.planning.flops import Flops
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,15 @@ class Plan:
     @property
     def phase_flops(self) -> list[float]:
         """Of each phase: its steps, and what comes before them."""
+        return [kinds.total for kinds in self.phase_kinds]
+
+    @property
+    def phase_kinds(self) -> list[Flops]:
+        """``phase_flops`` by kind; what comes before the steps fills the cache."""
         before = preparation_flops(self.phases, self.costs)
-        return [first + phase.steps * cost.flops for first, phase, cost in zip(before, self.phases, self.costs)]
+        return [
+            Flops(cache=first) + cost.kinds * phase.steps for first, phase, cost in zip(before, self.phases, self.costs)
+        ]
 
     @property
     def phase_seconds(self) -> list[float | None]:
@@ -140,11 +148,12 @@ class Plan:
                     "memory_bytes": cost.memory(),
                     "host_memory_bytes": cost.host,
                     "cache_bytes": cost.cache_bytes,
-                    "flops": flops,
+                    "flops": kinds.total,
+                    "flops_by_kind": kinds.to_dict(),
                     "seconds": seconds,
                     "tokens": phase.steps * self.tokens_per_step,
                 }
-                for phase, cost, flops, seconds in zip(self.phases, self.costs, self.phase_flops, self.phase_seconds)
+                for phase, cost, kinds, seconds in zip(self.phases, self.costs, self.phase_kinds, self.phase_seconds)
             ],
             **self.totals(),
             "machine": None if self.machine is None else self._machine_dict(self.machine),
