@@ -65,6 +65,29 @@ def test_a_glob_gives_whatever_it_matches_and_a_list_keeps_its_order(tmp_path) -
     assert texts(files(listed)) == ["d.txt", "a.log", "b.log"]
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "l*/below/*.txt"])
+@pytest.mark.parametrize("locked", ["locked", "locked/below"])
+def test_a_folder_that_cannot_be_read_is_an_error_and_not_a_smaller_corpus(tmp_path, monkeypatch, pattern, locked):
+    for name in ("a.txt", "open/b.txt", "locked/below/c.txt", ".hidden/d.txt"):
+        write(tmp_path / "f" / name, name)
+    original = os.scandir
+
+    def scandir(path="."):
+        if Path(path) in (tmp_path / "f" / locked, tmp_path / "f" / ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    # Where nothing in the folder could match, or its name leads on, it need not be read.
+    unread = {("*/*.txt", "locked/below"): ["open/b.txt"], ("l*/below/*.txt", "locked"): ["locked/below/c.txt"]}
+    if (pattern, locked) in unread:
+        assert texts(files(tmp_path / "f" / pattern)) == unread[pattern, locked]
+    else:
+        assert error_of(lambda: files(tmp_path / "f" / pattern)) == (
+            f"{tmp_path / 'f' / locked}: cannot be read: Permission denied"
+        )
+
+
 def test_a_file_named_twice_is_read_once(tmp_path) -> None:
     path = write(tmp_path / "f" / "a.txt", "a")
     (tmp_path / "link.txt").symlink_to(path)

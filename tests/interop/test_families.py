@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -371,6 +372,21 @@ def test_weights_that_are_no_numbers_are_refused(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         rack_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(llama, tmp_path, name, value):
+    folder = tmp_path / "theirs"
+    shutil.copytree(llama, folder)
+    tensors = load_file(llama / "model.safetensors")
+    tensors[name] = tensors[name].clone()
+    tensors[name][2, 1] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        import_folder(folder, tmp_path / "run")
+    assert str(error.value) == f"{folder}/model.safetensors: {name} holds 1 values that are NaN or infinite in fp32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_experts_and_pickles_are_refused(llama, tmp_path):

@@ -6,6 +6,7 @@ Text is kept exactly: no newline is translated, no byte order mark removed. Empt
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import json
@@ -118,11 +119,10 @@ def _expand(entry: str, key: str) -> list[Path]:
     if path.is_dir():
         wanted = TEXT_SUFFIXES | JSON_LINES_SUFFIXES | {PARQUET_SUFFIX}
         found = [
-            p
-            for p in path.rglob("*")
-            if p.suffix.lower() in wanted
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            and p.is_file()
+            folder / name
+            for folder, names in _folders(path, recursive=True)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in wanted and (folder / name).is_file()
         ]
         if not found:
             raise UserError(
@@ -131,12 +131,46 @@ def _expand(entry: str, key: str) -> list[Path]:
             )
         return sorted(found)
     if glob.has_magic(entry):
+        _refuse_unreadable(Path(path.anchor or "."), path.parts[1:] if path.anchor else path.parts)
         matches = [Path(p) for p in glob.glob(str(path), recursive=True)]
         found = [p for p in matches if p.is_file()]
         if not found:
             raise UserError(f"{key}: {entry!r}: no file matches")
         return sorted(found)
     raise UserError(f"{key}: {entry!r}: no such file or folder")
+
+
+def _folders(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:
+    """``folder`` and the names in it, then the same of each folder below that is neither hidden nor a link.
+
+    UserError when one cannot be read: its files would be missing without a word.
+    """
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        with _reading(folder), os.scandir(folder) as found:
+            entries = list(found)
+        yield folder, [entry.name for entry in entries]
+        for entry in entries if recursive else ():
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                waiting.append(folder / entry.name)
+
+
+def _refuse_unreadable(folder: Path, pattern: tuple[str, ...]) -> None:
+    """UserError when a folder in which files may match ``pattern`` cannot be read; ``glob`` passes over it."""
+    if not pattern or not folder.is_dir():
+        return
+    head, rest = pattern[0], pattern[1:]
+    if not glob.has_magic(head):
+        _refuse_unreadable(folder / head, rest)
+        return
+    for below, names in _folders(folder, recursive=head == "**"):
+        if head == "**":
+            _refuse_unreadable(below, rest)
+        else:
+            for name in fnmatch.filter(names, head) if rest else ():
+                if not name.startswith(".") or head.startswith("."):
+                    _refuse_unreadable(below / name, rest)
 
 
 @dataclass(frozen=True)

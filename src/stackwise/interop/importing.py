@@ -106,14 +106,18 @@ class StoredTensors:
             return tuple(content.get_slice(stored).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        """In fp32. UserError for a tensor of whole numbers, which holds quantised weights."""
+        """In fp32. UserError for whole numbers, which are quantised weights, and for NaN and infinity."""
         stop_if_asked()
         file, stored = self._places[name]
         with self._open(file) as content:
             tensor: Tensor = content.get_tensor(stored)
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {stored} holds {tensor.dtype} and no floating-point numbers")
-        return tensor.float()
+        values = tensor.float()
+        odd = values.numel() - int(torch.isfinite(values).sum())
+        if odd:
+            raise UserError(f"{file}: {stored} holds {odd:,} values that are NaN or infinite in fp32")
+        return values
 
 
 _HEADS = ("lm_head.weight", "decoder.weight")
