@@ -337,6 +337,14 @@ def test_an_experts_phase_is_about_its_own_levels_alone(folder):
     assert phase.noise[1].high == pytest.approx(1 / 3) and phase.growth[0].source == 0
 
 
+@pytest.mark.parametrize("name", ["experts", "suffix"])
+def test_updating_inside_the_backward_pass_reaches_stacks_that_the_last_micro_batch_does_not(folder, tmp_path, name):
+    settings = config(folder, *KINDS[name], "training.grad_clip=null", "training.micro_batch_size=2")
+    inside = settings.override(["training.optimizer.in_backward=true"])
+    plain, found = load_after(settings, tmp_path / "plain"), load_after(inside, tmp_path / "inside")
+    assert all(torch.equal(plain[part], found[part]) for part in plain)
+
+
 @pytest.mark.parametrize("name", ["blocks", "input", "experts, grown", "prefix", "suffix"])
 def test_compiled_stacks_take_the_same_steps(folder, tmp_path, name):
     settings = config(folder, *KINDS[name], "training.optimizer.eps=1e-3")  # so that rounding stays rounding

@@ -155,8 +155,9 @@ class _State(MutableMapping[Tensor, Any]):
 class InBackward:
     """Updates each parameter as soon as its gradient is complete, and drops the gradient (LOMO 2306.09782 §3.1).
 
-    While ``armed``, a hook on each parameter takes its step; before the last micro-batch gradients only add up. A
-    gradient that is not finite updates nothing; ``norm`` then is not finite either.
+    While ``armed``, a hook on each parameter takes its step; before the last micro-batch gradients only add up. What the
+    last one does not reach (with depth as time its rows need not pass every Stack) takes its step after it. A gradient
+    that is not finite updates nothing; ``norm`` then is not finite either.
 
     Args:
         parameters, settings, seed: as for ``create_optimizer``; every parameter gets an optimizer of its own.
@@ -167,12 +168,14 @@ class InBackward:
         self.seen: set[str] = set()
         self._squares: list[Tensor] = []
         one_each: list[torch.optim.Optimizer] = []
-        self._handles = []
+        self._handles, self._updates = [], []
         for name, parameter in parameters.items():
             made = create_optimizer({name: parameter}, settings, seed)
             optimizer = made.optimizers[0] if isinstance(made, Several) else made
             one_each.append(optimizer)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name, optimizer)))
+            update = self._hook(name, optimizer)
+            self._updates.append((parameter, update))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(update))
         self.optimizer = Several(one_each)
 
     def _hook(self, name: str, optimizer: torch.optim.Optimizer) -> Any:
@@ -196,6 +199,9 @@ class InBackward:
 
     def norm(self) -> float:
         """After it: the norm of all gradients."""
+        for parameter, update in self._updates:
+            if parameter.grad is not None:
+                update(parameter)
         self.armed = False
         return float(torch.stack(self._squares).sum().sqrt())
 
