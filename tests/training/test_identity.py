@@ -56,7 +56,8 @@ def error(capsys: pytest.CaptureFixture[str], code: int, *line: str | Path) -> s
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", ".origin"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
 def rewrite_state(manifest: Path, change: dict[str, Any], *dropped: str) -> None:
@@ -129,7 +130,7 @@ def test_a_text_that_has_changed_is_refused_by_resume(original, run, tmp_path, c
     (tmp_path / "text.txt").write_text((original / "text.txt").read_text().replace("trunk", "crown"))
     edit_config(run, f"{original}/text.txt", f"{tmp_path}/text.txt")
     before = files(run)
-    said = error(capsys, 2, "resume", run, "--step", "10")
+    said = error(capsys, 2, "resume", run, "--step", "10", "--trust-paths")
     assert said.startswith("the text behind data.path is not the one that the checkpoint of step 10 was trained on")
     assert files(run) == before
 
@@ -163,9 +164,9 @@ def test_flipped_bits_in_the_token_store_train_nothing(original, run, tmp_path, 
     content[1001] ^= 0x80
     (store / "train.bin").write_bytes(content)
     commands = (
-        ["resume", run, "--step", "10"],
+        ["resume", run, "--step", "10", "--trust-paths"],
         ["train", original / "config.yaml", f"data.cache_dir={tmp_path}/cache", "--out", tmp_path / "out"],
-        ["eval", run],
+        ["eval", run, "--trust-paths"],
     )
     for command in commands:
         said = error(capsys, 1, *command)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackwise.cli.train import Json
+from stackwise.cli.train import Json, TrustPaths
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
         typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)"),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", min=1, help="Checkpoint to load (default: the newest)")] = None,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Score RUN on its validation text, or on other text."""
@@ -26,7 +27,7 @@ def evaluate(
 
     reporter = console_reporter()
     try:
-        scores = evaluate_run(run, data, step, reporter)
+        scores = evaluate_run(run, data, step, reporter, trust_paths=trust_paths)
     finally:
         reporter.close()
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stackwise.cli.train import Json
+from stackwise.cli.train import Json, TrustPaths
 
 
 def resume(
@@ -15,6 +15,7 @@ def resume(
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="Go back to the checkpoint of this step (default: the newest)")
     ] = None,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Go on with RUN exactly where it stopped."""
@@ -22,4 +23,4 @@ def resume(
     from stackwise.training.progress import console_reporter
     from stackwise.training.run import resume_run
 
-    show_summary(resume_run(run, console_reporter(), step), run, as_json)
+    show_summary(resume_run(run, console_reporter(), step, trust_paths=trust_paths), run, as_json)

@@ -12,6 +12,9 @@ from stackwise.config.base import StackWiseConfig
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config (stackwise init writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
+TrustPaths = Annotated[
+    bool, typer.Option("--trust-paths", help="Use what RUN's config names outside RUN, though it was not begun here")
+]
 From = Annotated[
     Path | None,
     typer.Option("--from", metavar="RUN", help="Start from this run's model and tokenizer, where CONFIG says no other"),

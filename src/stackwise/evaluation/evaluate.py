@@ -15,12 +15,20 @@ from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.objectives import MaskedObjective, create_objective
 from stackwise.objectives.scoring import bits_per_byte, predicted_share, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
+from stackwise.training.origin import check_origin
 from stackwise.training.progress import Reporter
-from stackwise.training.run import load, own_data
+from stackwise.training.run import TEXT, load, own_data
 from stackwise.training.rundir import RunDir
 
 
-def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None, reporter: Reporter) -> dict[str, Any]:
+def evaluate_run(
+    path: str | Path,
+    data: Sequence[Path] | None,
+    step: int | None,
+    reporter: Reporter,
+    *,
+    trust_paths: bool = False,
+) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of the run in ``path``, and the entropies of the same tokens.
 
     ``given`` says what of the text the objective does not predict and has for free.
@@ -28,6 +36,7 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
     Args:
         data: files to score; default the run's validation text.
         step: checkpoint; default the newest.
+        trust_paths: what the config of a run that was not begun here names outside its folder may be used.
     """
     loaded = load(path, step)
     config, tokenizer = loaded.config, loaded.tokenizer
@@ -36,6 +45,8 @@ def evaluate_run(path: str | Path, data: Sequence[Path] | None, step: int | None
         tokens, n_bytes = encode_files([str(p) for p in data], tokenizer, config.data.text_field)
         bytes_per_token = n_bytes / len(tokens)
     else:
+        if not trust_paths:
+            check_origin(RunDir.open(path), config, TEXT, ", --data F scores other text")
         prepared = prepare(own_data(RunDir.open(path), config), need_mask=training.needs_mask, progress=reporter.work)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path}: the text behind data.path has changed since the run; give the text with --data")

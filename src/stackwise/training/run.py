@@ -30,9 +30,16 @@ from stackwise.training.identity import check_config, check_data, check_tokenize
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
 from stackwise.training.loop import Loop, RunState
 from stackwise.training.memory import PeakMemory, return_freed_memory
+from stackwise.training.origin import check_origin, signature
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
+
+TEXT = ("data.path", "data.cache_dir")
+"""Settings that name what preparing the text of a run reads and writes."""
+
+OUTSIDE = (*TEXT, "data.tokenizer.path", "model.initial", "model.tokenizer_embedding.family")
+"""And what else going on with its training may read."""
 
 IMPORTED = "imported"
 """The fingerprint in the checkpoint of a run that was imported and not trained."""
@@ -100,7 +107,7 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
             "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
         )
     config = resolve_family(config)
-    with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml()) as run:
+    with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml(), signature(config)) as run:
         try:
             return _go(run, config, reporter, None)
         except UserError:
@@ -109,15 +116,27 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
             raise
 
 
-def resume_run(path: str | Path, reporter: Reporter, step: int | None = None) -> dict[str, Any]:
-    """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none."""
+def resume_run(
+    path: str | Path, reporter: Reporter, step: int | None = None, *, trust_paths: bool = False
+) -> dict[str, Any]:
+    """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none.
+
+    Args:
+        trust_paths: what the config of a run that was not begun here names outside its folder may be used, from now on.
+    """
     run = RunDir.open(path)
     if run.is_complete() and step is None:
         _check_against_summary(run, CheckpointStore(run.checkpoints).load().step)
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
     with stoppable(_prospect(path)), run.lock():
-        return _go(run, StackWiseConfig.from_yaml(run.config), reporter, step)
+        config = StackWiseConfig.from_yaml(run.config)
+        own = signature(config)
+        if trust_paths and own is not None:
+            write_text_atomic(run.origin, own)
+        if not trust_paths:
+            check_origin(run, config, OUTSIDE, "")
+        return _go(run, config, reporter, step)
 
 
 def _prospect(path: str | Path) -> str:

@@ -52,7 +52,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 _FOLDERS = ("checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard")
 """In which a run writes."""
 
-_FILES = r"config\.yaml|metrics\.jsonl|summary\.json|tokenizer"
+_FILES = r"\.origin|config\.yaml|metrics\.jsonl|summary\.json|tokenizer"
 """What a killed process may have left half written in the run directory itself."""
 
 
@@ -67,6 +67,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
         self.summary = self.path / "summary.json"
+        self.origin = self.path / ".origin"
 
     @classmethod
     def create(cls, path: str | Path, config_yaml: str) -> Self:
@@ -76,10 +77,11 @@ class RunDir:
 
     @classmethod
     @contextlib.contextmanager
-    def creating(cls, path: str | Path, config_yaml: str) -> Iterator[Self]:
+    def creating(cls, path: str | Path, config_yaml: str, origin: str | None = None) -> Iterator[Self]:
         """Makes the folder and, last, its ``config.yaml``: a folder that holds one is a run that can be resumed.
 
-        The run is held for this process alone from before its config is there to the end of the block.
+        The run is held for this process alone from before its config is there to the end of the block. ``origin`` says
+        who began it.
 
         UserError when ``path`` holds a run or anything else, is not a folder, or cannot be written.
         """
@@ -91,6 +93,8 @@ class RunDir:
             raise UserError(f"{run.path}: cannot make this folder: {error.strerror or error}") from None
         with run.lock():
             run._refuse_if_taken()
+            if origin is not None:
+                write_text_atomic(run.origin, origin)
             write_text_atomic(run.config, config_yaml)
             yield run
 
@@ -112,7 +116,7 @@ class RunDir:
         The caller holds the run: what another process has begun in the folder meanwhile is not removed with it.
         """
         shutil.rmtree(self.tokenizer, ignore_errors=True)
-        for path in (self.config, self.metrics, self.path / ".lock"):
+        for path in (self.config, self.metrics, self.origin, self.path / ".lock"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it: that stays
             self.path.rmdir()
@@ -130,8 +134,8 @@ class RunDir:
             names = sorted(p.name for p in self.path.iterdir())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        # A creation that was killed leaves these two; they are ours.
-        foreign = [name for name in names if name != ".lock" and not is_leftover(name)]
+        # A creation that was killed leaves these; they are ours.
+        foreign = [name for name in names if name not in (".lock", self.origin.name) and not is_leftover(name)]
         if foreign:
             raise UserError(f"{self.path} is not empty and not a run (it holds {foreign[0]!r}); choose another --out")
 
