@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -113,7 +114,10 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard"])
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "checkpoints/objects", "cache", f"cache/boundary-1-{'b' * 16}", "tokenizer", "tensorboard"],
+)
 def test_a_run_with_a_linked_folder_is_not_trained(name, tmp_path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -239,3 +243,50 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_and_a_living_ones_stays(
             break
     assert names(tmp_path) == [".mine.0123456789abcdef.tmp"]
     assert (tmp_path / ".mine.0123456789abcdef.tmp" / "file").read_text() == PRECIOUS
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from stackwise.config.base import StackWiseConfig
+from stackwise.data.tokenizers import ByteTokenizer
+from stackwise.training import checkpoints
+from stackwise.training.run import write_untrained_run
+
+def parts():
+    yield b"half"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints._serialise = lambda part, tensors: parts()
+config = StackWiseConfig.from_dict({"model": {"d_model": 16, "n_heads": 2}})
+write_untrained_run(Path(sys.argv[1]), config, ByteTokenizer(), {"a": {"w": torch.ones(2)}}, [])
+"""
+
+
+def test_what_a_killed_import_leaves_goes_with_the_next_under_any_name(tmp_path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "first"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [name.startswith(".first.") for name in names(tmp_path)] == [True]
+    config = StackWiseConfig.from_dict({"model": {"d_model": 16, "n_heads": 2}})
+    write_untrained_run(tmp_path / "second", config, ByteTokenizer(), {"a": {"w": torch.ones(2)}}, [])
+    assert names(tmp_path) == ["second"]
+    assert not list((tmp_path / "second").rglob("*.tmp"))
+
+
+def test_a_removal_that_was_killed_half_way_is_ended_by_the_next(tmp_path, monkeypatch) -> None:
+    original, removed = shutil.rmtree, []
+
+    def killed(path, *arguments, **options):
+        removed.append(path)
+        if len(removed) == 1:
+            original(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with scratch_folder(tmp_path, "first") as scratch:
+        (scratch / "file").write_text("half")
+    monkeypatch.undo()
+    assert len(names(tmp_path)) == 1
+    with scratch_folder(tmp_path, "second"):
+        pass
+    assert names(tmp_path) == []

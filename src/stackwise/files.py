@@ -22,7 +22,7 @@ from stackwise.errors import RunError
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of everything that is still being written."""
 
-_OWNER = "owner.lock"
+_OWNER, _CONTENT = "owner.lock", "content"
 _LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{1,16}\.tmp", re.DOTALL)
 
 _held_locks: set[int] = set()
@@ -161,11 +161,11 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
             except (FileNotFoundError, BlockingIOError):  # another process took it for abandoned in this moment
                 continue
         try:
-            inside = folder / "content"
+            inside = folder / _CONTENT
             inside.mkdir()
             yield inside
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def publish(folder: Path, target: Path) -> bool:
@@ -232,4 +232,10 @@ def _remove_abandoned(folder: Path) -> None:
             folder.rmdir()
         return
     with contextlib.suppress(OSError), locked(folder / _OWNER):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a scratch folder, its owner's lock last: killed in between, the rest is still known as abandoned."""
+    shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)

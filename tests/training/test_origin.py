@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ data: {{source: files, path: {work}/text.txt, cache_dir: {work}/cache, tokenizer
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "mine"))
     draw = random.Random(3)
     (tmp_path / "text.txt").write_text(" ".join(draw.choices(["stack", "rack", "block", "trunk"], k=503)))
     (tmp_path / "config.yaml").write_text(CONFIG.format(work=tmp_path))
@@ -34,8 +33,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def received(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same run in the hands of another user, whose cache is another one."""
-    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "theirs"))
+    """The same run in the hands of another user, whose key is another one."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "theirs"))
     return run
 
 
@@ -61,9 +60,8 @@ def test_a_run_of_somebody_else_reads_and_writes_nothing_outside_unasked(
             patched.setattr(module, name, lambda *arguments: pytest.fail("something outside was used"))
         said = refusal(capsys, command[0], received, *command[1:])
     assert said == (
-        f"{received}: this run was not begun here by you, or its config.yaml was changed since, and its data.path "
-        f"names '{tmp_path}/text.txt', outside the run; --trust-paths uses it all the same"
-        + (", --data F scores other text" if command == ["eval"] else "")
+        f"{received}: its data.path names '{tmp_path}/text.txt', outside the run, and nothing shows that you set it; "
+        "--trust-paths uses it all the same" + (", --data F scores other text" if command == ["eval"] else "")
     )
     assert not (tmp_path / "cache").exists()
     assert main([command[0], str(received), *command[1:], "--trust-paths"]) == 0
@@ -92,7 +90,7 @@ def test_paths_inside_the_run_are_its_own_and_neither_links_nor_dots_lead_out(
 ) -> None:
     shutil.copy(tmp_path / "text.txt", run / "text.txt")
     (run / "link").symlink_to(tmp_path)
-    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "theirs"))
     settings = StackWiseConfig.from_yaml(run / "config.yaml")
     for path, asked in ((run / "text.txt", False), (run / "link" / "text.txt", True), (f"{run}/../text.txt", True)):
         settings.override([f"data.path={path}", "data.cache_dir=null"]).to_yaml(run / "config.yaml")
@@ -102,11 +100,10 @@ def test_paths_inside_the_run_are_its_own_and_neither_links_nor_dots_lead_out(
             assert main(["eval", str(run)]) == 0
 
 
-def test_the_key_is_the_users_alone_and_the_signature_holds_without_it_for_nothing(run, tmp_path) -> None:
-    key = tmp_path / "mine" / "key"
+def test_the_key_is_readable_by_the_user_alone_and_a_signature_by_another_is_worth_nothing(run, tmp_path) -> None:
+    key = tmp_path / "mine" / "stackwise" / "key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_bytes()) == 32
-    assert os.listdir(tmp_path / "mine") == ["key"]
-    before = (run / ".origin").read_text()
-    assert json.dumps(before) and len(before) == 64
+    assert os.listdir(key.parent) == ["key"]
     key.unlink()
     assert main(["eval", str(run)]) == 2
+    assert len(key.read_bytes()) == 32

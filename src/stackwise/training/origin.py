@@ -2,8 +2,9 @@
 
 A run received from somebody else names files of this machine in its ``config.yaml``: the text to read, the folder to
 write token stores to. They are touched only when the user says so. A run begun here carries a signature of those
-settings (``RUN/.origin``, HMAC-SHA256) by a key that never leaves the user's cache, so that it goes on without asking,
-wherever it is moved to; a setting that is changed afterwards, by whomever, is asked for again.
+settings (``RUN/.origin``, HMAC-SHA256) by a key that never leaves the user's home ($XDG_CONFIG_HOME/stackwise/key, else
+~/.config/stackwise/key), so that it goes on without asking, wherever it is moved to; a setting that is changed
+afterwards, by whomever, is asked for again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import secrets
 from pathlib import Path
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.data.cache import cache_root
 from stackwise.errors import UserError
 from stackwise.training.rundir import RunDir
 
@@ -45,8 +45,8 @@ def check_origin(run: RunDir, config: StackWiseConfig, keys: tuple[str, ...], ad
         return
     key, value = outside[0]
     raise UserError(
-        f"{run.path}: this run was not begun here by you, or its config.yaml was changed since, and its {key} names "
-        f"{value!r}, outside the run; --trust-paths uses it all the same{advice}"
+        f"{run.path}: its {key} names {value!r}, outside the run, and nothing shows that you set it; "
+        f"--trust-paths uses it all the same{advice}"
     )
 
 
@@ -80,8 +80,9 @@ def _is_own(run: RunDir, config: StackWiseConfig) -> bool:
 
 
 def _key() -> bytes | None:
-    """This user's key, made when there is none; None where the cache cannot be used: runs are then asked about."""
-    path = cache_root() / "key"
+    """This user's key, made when there is none; None where it cannot be written: runs are then asked about."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    path = Path(home) / "stackwise" / "key"
     with contextlib.suppress(OSError):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

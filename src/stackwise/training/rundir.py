@@ -165,8 +165,8 @@ class RunDir:
 
     def _refuse_links(self) -> None:
         """UserError when a folder in which the run writes lies elsewhere."""
-        for name in _FOLDERS:
-            folder = self.path / name
+        boundaries = list(self.cache.iterdir()) if self.cache.is_dir() else []
+        for folder in (*(self.path / name for name in _FOLDERS), *boundaries):
             if folder.is_symlink():
                 raise UserError(
                     f"{folder} is a symbolic link; a run writes in its own folder only: put the folder itself there"
