@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stackwise.cli.train import read_config
 from stackwise.config import StackWiseConfig
-from stackwise.errors import UserError
+from stackwise.errors import ConfigError, UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.recipes import RECIPES, apply_recipe, recipe_names
 
@@ -87,3 +88,18 @@ def test_names_are_listed_and_wrong_ones_answered_with_the_nearest():
         recipe_names("grown,fuson")
     with pytest.raises(UserError, match="names no recipe"):
         recipe_names(",")
+
+
+def test_overrides_need_to_fit_the_recipe_and_not_the_curriculum_it_replaces(tmp_path):
+    file = tmp_path / "config.yaml"
+    config(3).to_yaml(file)  # its trunk trains, so that nothing could be offloaded or stored in fewer bits
+    overrides = ["training.offload=disk", "training.progressive.trunk_precision=int8"]
+    after = read_config(file, overrides, None, "append-frozen")
+    assert after.training.offload == "disk" and after.training.progressive.trunk_precision == "int8"
+    with pytest.raises(ConfigError, match=r"training\.offload"):
+        read_config(file, overrides[:1], None, "grown")
+    file.write_text("training: 3")
+    with pytest.raises(ConfigError, match="training: 3 "):
+        read_config(file, [], None, "grown")
+    file.write_text("training: {phases: 7}")
+    assert read_config(file, [], None, "grown").training.phases == ()

@@ -122,9 +122,9 @@ def test_the_plan_starts_from_the_stacks_that_are_there(work, capsys):
 
 
 def test_settings_of_the_model_come_from_the_run(work):
-    from stackwise.training.initial import config_from_run
+    from stackwise.cli.train import read_config
 
-    config = config_from_run(work / "append.yaml", work / "base", ["training.seed=9"])
+    config = read_config(work / "append.yaml", ["training.seed=9"], work / "base")
     base = StackWiseConfig.from_yaml(work / "base" / "config.yaml")
     assert config.model.initial == str(work / "base") and config.training.seed == 9
     assert config.model.d_ff == base.model.d_ff == 36 and config.model.architecture.n_stacks == 2

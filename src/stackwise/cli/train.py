@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stackwise.config.base import StackWiseConfig
+from stackwise.config.base import StackWiseConfig, apply_overrides, read_yaml
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config (stackwise init writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
@@ -32,16 +32,18 @@ def read_config(
     """CONFIG by a recipe, with its overrides, and what it takes from the run it starts from."""
     overrides = overrides or []
     if start is not None:
-        from stackwise.training.initial import config_from_run
+        from stackwise.training.initial import settings_from_run
 
-        config = config_from_run(path, start, overrides)
+        settings = settings_from_run(path, start)
     else:
-        config = StackWiseConfig.from_yaml(path, overrides)
-    if recipe is None:
-        return config
-    from stackwise.growth.recipes import apply_recipe
+        settings = read_yaml(path)
+    if recipe is not None:
+        from stackwise.growth.recipes import with_recipe
 
-    return apply_recipe(config, recipe).override(overrides)
+        # Overrides before the recipe, which looks at the objective, and after it, where they have the last word. What
+        # comes out is checked once: an override need not fit the curriculum that the recipe replaces.
+        settings = with_recipe(apply_overrides(settings, overrides), recipe)
+    return StackWiseConfig.from_dict(settings, overrides, str(path))
 
 
 def train(

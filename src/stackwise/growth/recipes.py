@@ -178,7 +178,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 _OWNED = ("strategy", "end_to_end_scope", "phases", "qlora", "activation_checkpointing")
 """Settings of ``training`` that a recipe decides; of ``training.progressive`` it decides all but the objective."""
-_KEPT = ("target_stacks", "time_interpretation")
+_KEPT = ("target_stacks", "time_interpretation", "training_objective")
 
 
 def recipe_names(text: str) -> list[str]:
@@ -192,21 +192,38 @@ def recipe_names(text: str) -> list[str]:
 
 
 def apply_recipe(config: StackWiseConfig, name: str) -> StackWiseConfig:
-    """``config`` trained by a recipe: its sizes, data, objective, budget, optimizer and schedule, the recipe's
-    curriculum. Of a config whose phases have objectives of their own, the objective is that of the last one.
+    """``config`` trained by a recipe, see ``with_recipe``.
 
     Raises:
         UserError: there is no such recipe, or it does not fit the config.
     """
-    recipe = _recipe(name)
-    data = config.to_dict()
-    training = {key: value for key, value in data["training"].items() if key not in _OWNED}
-    progressive = {key: value for key, value in training.pop("progressive").items() if key in _KEPT}
-    progressive["training_objective"] = config.training.objective
-    settings = dict(recipe.training)
-    progressive |= settings.pop("progressive", {})
-    data["training"] = {**training, **settings, "progressive": progressive}
-    return StackWiseConfig.from_dict(data, (), f"recipe {name}")
+    return StackWiseConfig.from_dict(with_recipe(config.to_dict(), name), (), f"recipe {name}")
+
+
+def with_recipe(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings as a config file has them, trained by a recipe: the sizes, data, objective, budget, optimizer and
+    schedule of ``settings``, the recipe's curriculum. Of phases that have objectives of their own, the objective is
+    that of the last one.
+
+    Sections of a wrong type are left as they are: reading the result as a config says what is wrong with them.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    recipe = dict(_recipe(name).training)
+    training = {} if settings.get("training") is None else settings["training"]
+    progressive = training.get("progressive") if isinstance(training, dict) else None
+    progressive = {} if progressive is None else progressive
+    if not isinstance(training, dict) or not isinstance(progressive, dict):
+        return settings
+    phases = training.get("phases")
+    last = phases[-1] if isinstance(phases, list | tuple) and phases else None
+    kept = {key: value for key, value in progressive.items() if key in _KEPT}
+    if isinstance(last, dict) and last.get("objective") is not None:
+        kept["training_objective"] = last["objective"]
+    kept |= recipe.pop("progressive", {})
+    rest = {key: value for key, value in training.items() if key not in _OWNED and key != "progressive"}
+    return {**settings, "training": {**rest, **recipe, "progressive": kept}}
 
 
 def _recipe(name: str, option: str = "--recipe") -> Recipe:

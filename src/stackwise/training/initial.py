@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embeddin
 """Settings of ``model`` in which a run may differ from the one it starts from."""
 
 
-def config_from_run(path: str | Path, initial: str | Path, overrides: Iterable[str] = ()) -> StackWiseConfig:
-    """The config in ``path`` with the model and the tokenizer of the run ``initial`` where it says nothing else."""
+def settings_from_run(path: str | Path, initial: str | Path) -> dict[str, Any]:
+    """The settings in the file ``path``, with the model and tokenizer of the run ``initial`` where it says nothing else."""
     run = RunDir.open(initial)
     base = StackWiseConfig.from_yaml(run.config).to_dict()
     data = read_yaml(path)
@@ -36,7 +36,7 @@ def config_from_run(path: str | Path, initial: str | Path, overrides: Iterable[s
     section = data.get("data")
     if section is None or (isinstance(section, dict) and "tokenizer" not in section):
         data["data"] = {**(section or {}), "tokenizer": {"kind": "pretrained", "path": str(run.tokenizer)}}
-    return StackWiseConfig.from_dict(data, overrides, str(path))
+    return data
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
