@@ -25,8 +25,7 @@ from stackwise.generation.autoregressive import generate
 from stackwise.generation.denoisers import RackDenoiser
 from stackwise.generation.diffusion import unmask
 from stackwise.objectives import DiffusionObjective, create_objective
-from stackwise.training.run import load, own_data
-from stackwise.training.rundir import RunDir
+from stackwise.training.run import load
 
 ORDERS = ("first_hitting", "confidence", "margin", "entropy")
 
@@ -53,7 +52,7 @@ def main() -> None:
     if not isinstance(objective, DiffusionObjective) or causal.config.training.objective != "clm":
         parser.error("--diffusion must be a run of diffusion, --clm one of clm")
     T = min(filler.config.training.seq_len, causal.config.training.seq_len)
-    tokens = prepare(own_data(RunDir.open(options.clm), causal.config)).validation
+    tokens = prepare(causal.config.data, tokenizer=causal.tokenizer).validation
     starts = validation_windows(len(tokens), T, options.windows * T)
     rows = torch.from_numpy(windows(np.asarray(tokens), starts, T)[:, :-1])
     first = (T - options.gap) // 2

@@ -135,3 +135,82 @@ def test_eval_shows_what_is_given(folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["eval", str(folder / "diffusion")]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "end tokens" in line]
     assert line.split() == ["given,", "not", "predicted:", "end", "tokens", f"{ends:,}"]
+
+
+def refusal(capsys, *line):
+    capsys.readouterr()
+    assert main([str(word) for word in line]) == 2
+    out, err = capsys.readouterr()
+    (said,) = [line for line in err.splitlines() if not line.endswith("100 %")]  # others say what was being done
+    assert out == "" and said.startswith("stackwise: "), err
+    return said
+
+
+def as_trained(folder, path, *more):
+    """A run on a text file of its own, which a test may change."""
+    text = folder / "text.jsonl"
+    path.mkdir()
+    (path / "own.jsonl").write_bytes(text.read_bytes())
+    line = ["train", folder / "config.yaml", f"data.path={path / 'own.jsonl'}", *more, "--out", path / "run"]
+    assert main([str(word) for word in line]) == 0
+    return path / "run"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_text_that_changed_since_the_run_is_not_scored_in_its_place(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    run = as_trained(folder, tmp_path / "a", f"data.tokenizer.kind={tokenizer}")
+    text = tmp_path / "a" / "own.jsonl"
+    assert main(["eval", str(run)]) == 0
+    before = text.read_bytes()
+    text.write_bytes(before + b'\n{"text": "Quite another document."}')
+    stores = sorted((folder / "store" / "tokens").iterdir())
+    assert "--data F" in refusal(capsys, "eval", run)
+    assert sorted((folder / "store" / "tokens").iterdir()) == stores, "a refusal builds no token store"
+    text.unlink()
+    assert "--data F" in refusal(capsys, "eval", run)
+    text.write_bytes(before)
+    assert main(["eval", str(run)]) == 0
+
+
+def test_another_split_of_the_same_text_is_refused_since_it_holds_training_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = as_trained(folder, tmp_path / "a")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("0.3", "0.4"))
+    assert "--data F" in refusal(capsys, "eval", run)
+
+
+def test_any_text_is_scored_by_the_tokenizer_of_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = as_trained(folder, tmp_path / "a", "data.tokenizer.kind=characters")
+    (tmp_path / "a" / "own.jsonl").unlink()
+    (tmp_path / "one.txt").write_text("né to be or né " * 9)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data", str(tmp_path / "one.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # 15 characters, 17 bytes each time; an end token, and of 136 tokens 133 in 7 windows of 19.
+    assert found["tokens"] == 133
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * 136 / 153)
+    (tmp_path / "unknown.txt").write_text("qqq")
+    assert "'q'" in refusal(capsys, "eval", run, "--data", tmp_path / "unknown.txt")
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n'])
+def test_data_without_text_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    evaluated(folder, capsys, "clm")
+    (tmp_path / "none.jsonl").write_text(content)
+    assert "no text there" in refusal(capsys, "eval", folder / "clm", "--data", tmp_path / "none.jsonl")
+    assert "--data" in refusal(capsys, "eval", folder / "clm", "--data", tmp_path / "absent")
+
+
+def test_text_too_short_to_hide_a_token_in_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(folder, capsys, "mlm")
+    (tmp_path / "short.txt").write_text("a")
+    assert "give more text" in refusal(capsys, "eval", folder / "mlm", "--data", tmp_path / "short.txt")

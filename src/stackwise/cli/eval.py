@@ -14,13 +14,16 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="Text, .jsonl or .parquet to score (default: the validation text)"),
+        typer.Option("--data", metavar="F", help="Text, .jsonl or .parquet to score (default: the validation text)"),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", min=1, help="Checkpoint to load (default: the newest)")] = None,
     trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """Score RUN on its validation text, or on other text."""
+    """Score RUN on its validation text, which must be unchanged, or on other text, by the tokenizer of the run.
+
+    Bits per byte are those of all predicted tokens over the bytes of the text; "given" counts what is not predicted.
+    """
     from stackwise.cli.results import print_json, table
     from stackwise.evaluation.evaluate import evaluate_run
     from stackwise.training.progress import console_reporter

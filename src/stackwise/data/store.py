@@ -108,6 +108,8 @@ def prepare(
     need_mask: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    check_key: Callable[[str], None] | None = None,
 ) -> PreparedData:
     """The tokens of the corpus that ``config`` names, from the store; built there first when it has not got them.
 
@@ -115,13 +117,16 @@ def prepare(
         need_mask: give a tokenizer without a mask token one.
         progress: called often with (what is done, bytes done, bytes in all or ``None``).
         cache_dir: instead of ``config.cache_dir``.
+        tokenizer: instead of ``config.tokenizer``: the one that a run keeps.
+        check_key: called with the ``key`` of the data before a store of it is built; may raise.
 
     Raises:
-        UserError: the corpus or the tokenizer cannot be used. RunError: the disk is full, or a store is damaged.
+        UserError: the corpus or the tokenizer cannot be used.
+        RunError: the disk is full, or a store is damaged.
     """
     report = _sparse(progress)
     root = cache_root(cache_dir if cache_dir is not None else config.cache_dir)
-    tokenizer = _ready_tokenizer(config)
+    tokenizer = tokenizer or _ready_tokenizer(config)
     lacking = need_mask and isinstance(tokenizer, LibraryTokenizer) and tokenizer.mask_id is None
     if lacking:
         assert isinstance(tokenizer, LibraryTokenizer)
@@ -138,6 +143,8 @@ def prepare(
                 raise RunError(f"{error}; delete this folder and start again") from None
         if tokenizer is not None:
             key = _key(content, _split_settings(config), tokenizer.fingerprint)
+            if check_key is not None:
+                check_key(key)
             folder = root / "tokens" / key
             if folder.is_dir():
                 data = _open(folder, key, tokenizer)
@@ -170,7 +177,7 @@ def encode_files(paths: Sequence[str], tokenizer: Tokenizer, text_field: str) ->
             if previous is not None:
                 yield _Part(0, previous, True)
 
-    arrays = []
+    arrays = [np.empty(0, dtype=_dtype(tokenizer))]
     for part, ids in _encode(texts(), tokenizer):
         n_bytes += part.n_bytes
         arrays.append(ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stackwise.data.store import encode_files, prepare
+from stackwise.data.store import encode_files
 from stackwise.errors import UserError
 from stackwise.evaluation.entropy import ngram_entropies
 from stackwise.evaluation.pseudo import pseudo_perplexity
@@ -17,7 +17,7 @@ from stackwise.objectives.scoring import bits_per_byte, predicted_share, validat
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.training.origin import check_origin
 from stackwise.training.progress import Reporter
-from stackwise.training.run import TEXT, load, own_data
+from stackwise.training.run import TEXT, load, run_data
 from stackwise.training.rundir import RunDir
 
 
@@ -43,17 +43,20 @@ def evaluate_run(
     training = config.training
     if data:
         tokens, n_bytes = encode_files([str(p) for p in data], tokenizer, config.data.text_field)
+        if not n_bytes:
+            raise UserError(f"--data: {', '.join(map(str, data))}: no text there")
         bytes_per_token = n_bytes / len(tokens)
     else:
+        if loaded.checkpoint.state.get("data", ...) is None:
+            raise UserError(f"{path}: it was not trained here, so no text is its own; give the text with --data F")
         if not trust_paths:
             check_origin(RunDir.open(path), config, TEXT, ", --data F scores other text")
-        prepared = prepare(own_data(RunDir.open(path), config), need_mask=training.needs_mask, progress=reporter.work)
-        if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{path}: the text behind data.path has changed since the run; give the text with --data")
+        try:
+            prepared = run_data(RunDir.open(path), config, loaded.checkpoint, reporter)
+        except UserError as error:
+            raise UserError(f"{error}; --data F scores other text") from None
         prepared.verify()
         tokens, bytes_per_token = prepared.validation, prepared.bytes_per_token
-    if len(tokens) < 2:
-        raise UserError(f"there are {len(tokens)} tokens to score; at least 2 are needed")
     device = resolve_device(training.device)
     objective, seq_len = create_objective(config, tokenizer), min(training.seq_len, len(tokens) - 1)
     result = validate(

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from stackwise.data.batches import Batch, validation_windows, windows
+from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
 from stackwise.objectives.base import Objective, Score
 from stackwise.ops.precision import autocast
@@ -121,6 +122,8 @@ def _validation(
     draws: int,
 ) -> Validation:
     nats, count = (np.concatenate([getattr(score, name) for score in scores]) for name in ("nats", "tokens"))
+    if not count.sum():
+        raise UserError(f"no token is masked in the {len(np.unique(sequences))} windows to score; give more text")
     loss = float(nats.sum() / count.sum())
     whole = objective.predicts_every_token
     nelbo = None
@@ -129,7 +132,8 @@ def _validation(
         nelbo = {"nats_per_token": loss, "standard_error": error, "draws": draws}
     accuracy = None
     if not whole:
-        accuracy = sum(score.right for score in scores) / sum(score.predicted for score in scores)
+        judged = sum(score.predicted for score in scores)
+        accuracy = sum(score.right for score in scores) / judged if judged else None
     return Validation(
         loss,
         math.exp(min(loss, 700.0)),

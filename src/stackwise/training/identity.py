@@ -59,19 +59,22 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path) 
         )
 
 
-def check_data(checkpoint: Checkpoint, config: StackWiseConfig, data: PreparedData) -> None:
+def check_data(checkpoint: Checkpoint, config: StackWiseConfig, key: str, sha256: str | None = None) -> None:
     """UserError when the text is no longer the one that the checkpoint was trained on.
 
     A checkpoint from before the store hashed its arrays is compared by what determines them.
+
+    Args:
+        key, sha256: of the text (``PreparedData``); ``None`` where its arrays are not known yet.
     """
     state = checkpoint.state
     if "data" not in state:
-        if state["fingerprint"] != _fingerprint(config, data.key):
+        if state["fingerprint"] != _fingerprint(config, key):
             raise UserError(
                 f"the checkpoint of step {checkpoint.step} was saved by an earlier version, or config.yaml or the text "
                 "behind data.path was changed since: start a new run"
             )
-    elif state["data"] != {"key": data.key, "sha256": data.sha256}:
+    elif state["data"] != {"key": key, "sha256": state["data"]["sha256"] if sha256 is None else sha256}:
         raise UserError(
             f"the text behind data.path is not the one that the checkpoint of step {checkpoint.step} was trained on, "
             "or it is split or tokenized in another way: put it back, or start a new run"

@@ -55,7 +55,9 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     settings = loaded[experts[0]].config.to_dict()
     settings["training"]["diffusion"]["expert"] = None
     config = StackWiseConfig.from_dict(settings)
-    write_untrained_run(out, config, loaded[experts[0]].tokenizer, tensors, sorted(wanted))
+    of_first = loaded[experts[0]]
+    data = of_first.checkpoint.state.get("data")
+    write_untrained_run(out, config, of_first.tokenizer, tensors, sorted(wanted), data)
     return {"stacks": len(wanted), "parameters": sum(t.numel() for named in tensors.values() for t in named.values())}
 
 

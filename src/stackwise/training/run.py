@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import DataConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError
@@ -25,7 +25,7 @@ from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
 from stackwise.signals import stop_if_asked, stoppable
-from stackwise.training.checkpoints import CheckpointStore
+from stackwise.training.checkpoints import Checkpoint, CheckpointStore
 from stackwise.training.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
 from stackwise.training.loop import Loop, RunState
@@ -47,12 +47,16 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained Rack in evaluation mode, its tokenizer and its config."""
+    """A trained Rack in evaluation mode, its tokenizer, its config and the checkpoint that it is of."""
 
     rack: Rack
     tokenizer: Tokenizer
     config: StackWiseConfig
-    step: int
+    checkpoint: Checkpoint
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
 
 
 def load(path: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> LoadedRun:
@@ -74,7 +78,7 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     tokenizer = load_tokenizer(run.tokenizer)
     check_tokenizer(checkpoint, tokenizer, run.tokenizer)
     rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
-    return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint.step)
+    return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint)
 
 
 def _check_against_summary(run: RunDir, newest: int) -> None:
@@ -149,8 +153,12 @@ def write_untrained_run(
     tokenizer: Tokenizer,
     parts: Mapping[str, Mapping[str, Tensor]],
     stacks: Sequence[int],
+    data: dict[str, str] | None = None,
 ) -> None:
     """Writes weights that came from elsewhere as the new run ``out``, whole or not at all.
+
+    Args:
+        data: what a checkpoint keeps of the text that they were trained on, where it is the one that ``config`` names.
 
     Raises:
         UserError: something is there. RunError: it cannot be written.
@@ -160,7 +168,7 @@ def write_untrained_run(
             run = RunDir(scratch)
             write_text_atomic(run.config, config.to_yaml())
             tokenizer.save(run.tokenizer)
-            whose = identity(config, tokenizer, None)
+            whose = identity(config, tokenizer, None) | {"data": data}
             state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
             CheckpointStore(run.checkpoints).save(0, parts, state)
             if not publish(scratch, out):
@@ -169,13 +177,25 @@ def write_untrained_run(
         raise RunError(f"{out}: cannot be written: {reason(error)}") from error
 
 
-def own_data(run: RunDir, config: StackWiseConfig) -> DataConfig:
-    """``config.data`` with the run's own copy of a pretrained tokenizer, whose source may be gone by now."""
-    tokenizer = config.data.tokenizer
-    if tokenizer.kind != "pretrained" or not run.tokenizer.exists():
-        return config.data
-    own = tokenizer.model_copy(update={"path": str(run.tokenizer)})
-    return config.data.model_copy(update={"tokenizer": own})
+def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None, reporter: Reporter) -> PreparedData:
+    """The tokens that ``config`` names, by the tokenizer that the run keeps, if it has one yet.
+
+    Raises:
+        UserError: they are not those that ``checkpoint`` was trained on, or cannot be read.
+    """
+    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.exists() else None
+    if checkpoint is not None and tokenizer is not None:
+        check_tokenizer(checkpoint, tokenizer, run.tokenizer)
+    data = prepare(
+        config.data,
+        need_mask=config.training.needs_mask,
+        progress=reporter.work,
+        tokenizer=tokenizer,
+        check_key=None if checkpoint is None else partial(check_data, checkpoint, config),
+    )
+    if checkpoint is not None:
+        check_data(checkpoint, config, data.key, data.sha256)
+    return data
 
 
 def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
@@ -198,15 +218,12 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         run.truncate_metrics(0)
     else:
         check_config(checkpoint, config, run.config)
-    data = prepare(own_data(run, config), need_mask=training.needs_mask, progress=reporter.work)
+    data = run_data(run, config, checkpoint, reporter)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
         f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
         f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
     )
-    if checkpoint is not None:
-        check_data(checkpoint, config, data)
-        check_tokenizer(checkpoint, data.tokenizer, run.tokenizer)
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
