@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from objectives import T, WIDTH, configured
+from objectives import WIDTH, T, configured
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 16
