@@ -10,6 +10,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.training.checkpoints import weights_sha256
 from stackwise.training.run import LoadedRun, load, write_untrained_run
+from stackwise.training.rundir import RunDir
 
 
 def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     config = StackWiseConfig.from_dict(settings)
     of_first = loaded[experts[0]]
     data = of_first.checkpoint.state.get("data")
-    write_untrained_run(out, config, of_first.tokenizer, tensors, sorted(wanted), data)
+    write_untrained_run(out, config, of_first.tokenizer, tensors, sorted(wanted), data, RunDir(experts[0]).origin)
     return {"stacks": len(wanted), "parameters": sum(t.numel() for named in tensors.values() for t in named.values())}
 
 

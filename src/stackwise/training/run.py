@@ -154,11 +154,13 @@ def write_untrained_run(
     parts: Mapping[str, Mapping[str, Tensor]],
     stacks: Sequence[int],
     data: dict[str, str] | None = None,
+    origin: Path | None = None,
 ) -> None:
     """Writes weights that came from elsewhere as the new run ``out``, whole or not at all.
 
     Args:
         data: what a checkpoint keeps of the text that they were trained on, where it is the one that ``config`` names.
+        origin: the signature of a run whose paths ``config`` has: they are this user's where that run's were.
 
     Raises:
         UserError: something is there. RunError: it cannot be written.
@@ -167,6 +169,8 @@ def write_untrained_run(
         with scratch_folder(out.parent, out.name) as scratch:
             run = RunDir(scratch)
             write_text_atomic(run.config, config.to_yaml())
+            if origin is not None and origin.is_file():
+                write_text_atomic(run.origin, origin.read_text(encoding="ascii", errors="replace")[:64])
             tokenizer.save(run.tokenizer)
             whose = identity(config, tokenizer, None) | {"data": data}
             state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
