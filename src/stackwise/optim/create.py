@@ -155,8 +155,8 @@ class _State(MutableMapping[Tensor, Any]):
 class InBackward:
     """Updates each parameter as soon as its gradient is complete, and drops the gradient (LOMO 2306.09782 §3.1).
 
-    While ``armed``, a hook on each parameter takes its step; before the last micro-batch gradients only add up. What the
-    last one does not reach (with depth as time its rows need not pass every Stack) takes its step after it. A gradient
+    While ``armed``, a hook on each parameter takes its step; before the last micro-batch gradients only add up. What
+    that one does not reach (with depth as time its rows need not pass every Stack) takes its step after it. A gradient
     that is not finite updates nothing; ``norm`` then is not finite either.
 
     Args:
