@@ -44,7 +44,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "context of 4096": {"model": {"d_model": 256, "n_heads": 4}, "batch": (1, 4096)},
     "context of 1024 with dropout": {"model": {"d_model": 256, "n_heads": 4, "dropout": 0.1}, "batch": (1, 1024)},
     "activations below 1 MiB": {"model": {"d_model": 512, "n_heads": 8, "n_stacks": 8}, "batch": (3, 128)},
-    "4 micro-batches": {"model": {"d_model": 512, "n_heads": 8}, "training": {"micro_batch_size": 2}, "batch": (8, 256)},
+    "4 micro-batches": {
+        "model": {"d_model": 512, "n_heads": 8}, "training": {"micro_batch_size": 2}, "batch": (8, 256),
+    },
     "4 micro-batches on a frozen trunk": {
         "recipe": "append-frozen", "model": {"d_model": 512, "n_heads": 8},
         "training": {"micro_batch_size": 2}, "batch": (8, 256),

@@ -295,6 +295,63 @@ def test_the_peak_of_the_70b_shape_is_what_arithmetic_gives(blocks: int, residen
     assert fed.weights + fed.gradients + fed.optimizer == pytest.approx(16 * trained, rel=0.001)
 
 
+def test_a_compiled_run_takes_the_compilers_memory_on_a_cpu_and_none_on_a_gpu() -> None:
+    for device, more in (("cpu", 75 * 2**20), ("cuda", 0)):
+        plain, compiled = (
+            PhaseCoster(settings, V, None, device=device)(build_phases(settings)[0]).peak
+            for settings in (config(), config("training.compile=true"))
+        )
+        assert compiled - plain == more
+
+
+# ---- a device's own attention kernels
+
+
+@pytest.mark.parametrize(
+    "device, dropout, written",
+    [("cuda", 0.1, False), ("cuda", 0.0, False), ("mps", 0.0, True), ("cpu", 0.0, False), ("cpu", 0.1, True)],
+)
+def test_weights_of_attention_are_counted_where_the_devices_kernel_writes_them_out(
+    device: str, dropout: float, written: bool
+) -> None:
+    """Heads of 64, as wide as every kernel takes them."""
+    heads, batch, tokens = 3, 2, 2039
+    settings = StackWiseConfig.from_dict(
+        {
+            "model": {
+                "d_model": 64 * heads, "n_heads": heads, "d_ff": 19, "dropout": dropout,
+                "architecture": {"n_stacks": 1, "blocks_per_stack": 2},
+            },
+            "training": {"batch_size": batch, "seq_len": tokens, "strategy": "end_to_end"},
+        }
+    )  # fmt: skip
+    cost = PhaseCoster(settings, V, None, device=device)(build_phases(settings)[-1])
+    weights = 2 * batch * heads * tokens**2 * 4  # of both Blocks, once
+    states = 2 * batch * tokens * 64 * heads * 4
+    assert cost.activations > weights if written else cost.activations < 16 * states < weights
+
+
+def test_dropout_on_a_gpu_adds_masks_of_hidden_states_alone() -> None:
+    """The shape of a Llama of 1B, one of its 16 Blocks a Stack, two Stacks."""
+    file = Path(__file__).parents[2] / "configs/models/llama_1b.yaml"
+
+    def peak(dropout: float) -> int:
+        settings = StackWiseConfig.from_yaml(
+            file,
+            [
+                "model.architecture={n_stacks: 2, blocks_per_stack: 1}", f"model.dropout={dropout}",
+                "training.strategy=end_to_end", "training.batch_size=4",
+            ],
+        )  # fmt: skip
+        machine = named_machine("h200", settings.training)
+        return PhaseCoster(settings, 128256, machine.compute_dtype, device="cuda")(build_phases(settings)[-1]).peak
+
+    more = peak(0.1) - peak(0.0)
+    state = 4 * 2048 * 2048
+    weights = 4 * 32 * 2048**2 * 2
+    assert 0 < more < 2 * 2 * 5 * state < weights, "two Blocks, two dropouts: a value and a mask's byte each"
+
+
 # ---- the command
 
 

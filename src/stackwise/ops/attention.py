@@ -4,9 +4,13 @@ B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys
 of a value head.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PADDED = 1e4
 """How far below the others the scores of padded keys lie: exp(−1e4) is exactly 0 in every float format."""
@@ -16,6 +20,27 @@ MIN_CHUNK = 64
 
 CUDA_WIDTH = 8
 """Kernels for cuda want head sizes in multiples of this; those for CPUs take any."""
+
+_planned: str | None = None  # a plain variable: compilers cannot trace a ContextVar
+
+
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Attention inside takes the way that it takes on this kind of device (``cuda``, ``mps``, ``cpu``), for a dry run.
+
+    Tensors are fake ones for a CPU, since torch built without cuda makes no others that train. The CPU's fused kernel
+    keeps what cuda's keep (q, k, v, the output, a number a query), so it stands for them.
+    """
+    global _planned
+    before, _planned = _planned, device
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def _kind(x: Tensor) -> str:
+    return _planned or x.device.type
 
 
 def attend(
@@ -39,7 +64,7 @@ def attend(
         window: local attention, in memory that grows with T · window. Causal: query t sees t − window < s ≤ t; else
             |s − t| ≤ window // 2. Needs T = S. Default all.
         dropout: probability of dropping an attention weight. torch's fused kernel for CPUs has none: there, the T×S
-            weights are written out while it is above 0.
+            weights are written out while it is above 0. On MPS they are written out whenever gradients are needed.
         scale: default 1 / √D.
         seen: (T, S) boolean, True where query t sees key s: what neither causality nor a window says. One for all rows
             and heads. Not beside ``causal`` or ``window``. Default all.
@@ -85,7 +110,7 @@ def _with_mask_column(q: Tensor, k: Tensor, key_mask: Tensor, scale: float) -> t
     """
     share = 64.0  # of PADDED in q, so that neither factor leaves the range of fp16
     bias = torch.where(key_mask, 0.0, -PADDED / scale / share).to(k.dtype)
-    width = CUDA_WIDTH if q.device.type == "cuda" else 1
+    width = CUDA_WIDTH if _kind(q) == "cuda" else 1
     q_columns, k_columns = q.new_zeros(*q.shape[:-1], width), k.new_zeros(*k.shape[:-1], width)
     q_columns[..., 0] = share
     k_columns[..., 0] = bias[:, None]
@@ -97,7 +122,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, d
 
     ``mask`` is added to the scores; any shape that broadcasts to (B, H, T, S); not beside ``causal``.
     """
-    n_out, on_cuda = v.shape[-1], q.device.type == "cuda"
+    n_out, kind = v.shape[-1], _kind(q)
+    on_cuda = kind == "cuda"
     width = max(q.shape[-1], n_out)  # the kernels take one for all three
     if on_cuda:
         width = -(-width // CUDA_WIDTH) * CUDA_WIDTH
@@ -109,9 +135,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, d
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         else:
             grouped = True
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
-    )
+    planned = kind != q.device.type
+    if planned and on_cuda:
+        dropout = 0.0  # cuda's kernels keep a seed for it, no weights
+    with sdpa_kernel(SDPBackend.MATH) if planned and kind == "mps" else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
     return out[..., :n_out]
 
 

@@ -32,6 +32,7 @@ from stackwise.model.spec import BlockSpec
 from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
+from stackwise.ops.attention import planned_for
 from stackwise.ops.boundary import BoundaryLayout, boundary_format
 from stackwise.ops.coding import CODING
 from stackwise.ops.losses import linear_cross_entropy
@@ -117,6 +118,10 @@ class Ledger(TorchDispatchMode):
 RUNTIME_BYTES = 16 * 2**20
 """Resident memory that training on a CPU takes beside tensors: thread buffers of the matrix library and pages of code
 that is first used then. Measured at 13 to 17 MiB (docs/log.md)."""
+
+COMPILER_BYTES = 75 * 2**20
+"""Resident memory that ``training.compile`` takes on a CPU beside tensors: the compiler's modules and its graphs.
+Measured at 69 to 100 MiB (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -408,7 +413,7 @@ class PhaseCoster:
         kinds, others = self._kinds(phase)
         key = (kinds, others, phase.cached, phase.enters, phase.noise, phase.objective)
         if key not in self._known:
-            with stoppable(), self._mode:
+            with stoppable(), self._mode, planned_for(self.device):
                 self._known[key] = self._measure(kinds, others, phase)
                 stop_if_asked()
         return self._with_cache(self._known[key], phase)
@@ -576,9 +581,10 @@ class PhaseCoster:
         for stack, kind in zip(rack.stacks, kinds):
             if kind.away:
                 stack.fetch = partial(_copies, stack.own_tensors())
+        runtime = RUNTIME_BYTES + COMPILER_BYTES * training.compile if self.device == "cpu" else 0
         return measure_segments(
             rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
-            RUNTIME_BYTES if self.device == "cpu" else 0, training.optimizer, entered, loss_of,
+            runtime, training.optimizer, entered, loss_of,
         )  # fmt: skip
 
     def _embedding_flops(self) -> Flops:
