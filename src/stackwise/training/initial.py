@@ -25,7 +25,7 @@ _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embeddin
 
 
 def settings_from_run(path: str | Path, initial: str | Path) -> dict[str, Any]:
-    """The settings in the file ``path``, with the model and tokenizer of the run ``initial`` where it says nothing else."""
+    """The settings in ``path``, with the model and tokenizer of the run ``initial`` where it says nothing else."""
     run = RunDir.open(initial)
     base = StackWiseConfig.from_yaml(run.config).to_dict()
     data = read_yaml(path)
