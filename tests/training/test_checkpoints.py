@@ -585,6 +585,22 @@ def test_tensors_of_a_gpu_come_back_to_it(tmp_path: Path) -> None:
 # The hash of all weights.
 
 
+def test_a_resume_from_the_last_step_deletes_what_a_kill_in_its_save_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    store.save(3, random_parts(3), {"seed": 3})
+    store.save(5, random_parts(5), {"seed": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_delete_unnamed", lambda self: None)  # killed before it
+        store.save(8, random_parts(8), {"seed": 8})
+    assert len(objects(tmp_path)) == 3 * 4
+    CheckpointStore(tmp_path, keep_last=2).delete_after(8)  # nothing is left to train, so that no save follows
+    assert len(objects(tmp_path)) == 2 * 4
+    assert_loads(tmp_path, 5, 5)
+    assert_loads(tmp_path, 8, 8)
+
+
 def test_going_back_deletes_what_is_later_and_keeps_the_rest(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=3)
     for step in (3, 5, 8):

@@ -44,7 +44,7 @@ from stackwise.data.tokenizers import (
     train_bpe,
 )
 from stackwise.errors import RunError, UserError
-from stackwise.files import publish, scratch_folder
+from stackwise.files import publish, remove_leftovers, scratch_folder
 from stackwise.reading import read_object
 from stackwise.signals import stop_if_asked, stoppable
 
@@ -126,6 +126,7 @@ def prepare(
     """
     report = _sparse(progress)
     root = cache_root(cache_dir if cache_dir is not None else config.cache_dir)
+    remove_leftovers(root / "tokens", "store")  # of a process killed after its store was in place; none follows
     tokenizer = tokenizer or _ready_tokenizer(config)
     lacking = need_mask and isinstance(tokenizer, LibraryTokenizer) and tokenizer.mask_id is None
     if lacking:

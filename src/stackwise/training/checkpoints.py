@@ -270,11 +270,13 @@ class CheckpointStore:
         return self._deposits[name].sha256
 
     def delete_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps: the run goes back to ``step``. CheckpointError when it cannot."""
-        if all(other <= step for other in (*self._manifest_steps(), self._newest_step() or 0)):
-            return
+        """Deletes the checkpoints of later steps, and what a killed process left: the run goes on from ``step``.
+
+        CheckpointError when it cannot.
+        """
         try:
-            self._set_newest(step)  # first: what is deleted on purpose is not lost
+            if any(other > step for other in (*self._manifest_steps(), self._newest_step() or 0)):
+                self._set_newest(step)  # first: what is deleted on purpose is not lost
             self._retain(step)
         except OSError as error:
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
-from stackwise.files import write_text_atomic
+from stackwise.files import remove_leftovers, write_text_atomic
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
 from stackwise.signals import PARENT_PIPE, SIGNALS, StopRequest, stop_if_asked, stoppable
@@ -60,6 +61,7 @@ def _compare(config: StackWiseConfig, names: Sequence[str], out: Path, stop: Sto
         else:
             file = out / f"{name}.yaml"
             out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out, re.escape(file.name))
             write_text_atomic(file, settings.to_yaml())
             command = ["train", str(file), "--out", str(run.path)]
         if not run.is_complete():
