@@ -16,13 +16,14 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := no
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test slow lint picture clean
+.PHONY: help demo test slow kill lint picture clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      grow a small model on the Python library sources, evaluate it, show a sample"
 	@echo "make test      the tests"
 	@echo "make slow      the proofs that take minutes"
+	@echo "make kill      500 kills and signals at random instants of every kind of work, in runs/kill (half an hour)"
 	@echo "make lint      formatter, linter and type checker"
 	@echo "make picture   draw the README's picture from $(OUT)"
 	@echo "make clean     remove .venv and caches (runs stay)"
@@ -36,6 +37,10 @@ test: $(VENV)/.stamp-dev
 
 slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 $(ARGS)
+
+# What is in runs/kill is gone on with: remove it to begin anew.
+kill: $(VENV)/.stamp-dev
+	$(BIN)/python tests/kill/harness.py --out runs/kill $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
