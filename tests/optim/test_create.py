@@ -180,17 +180,32 @@ def test_updating_in_chunks_reads_and_keeps_every_value(moments, dtype, monkeypa
 def test_moments_in_fewer_bits_follow_those_in_fp32(moments, tolerance):
     """A thousand steps of noisy gradients of very unequal size: updates stay near those of exact moments."""
     scale = torch.logspace(-4, 0, 31)
-    exact, stored = (nn.Parameter(torch.zeros(17, 31)) for _ in range(2))
+    exact, stored = (nn.Parameter(torch.zeros(101, 31)) for _ in range(2))
     a = StoredAdamW([exact], 1e-3, (0.9, 0.999), 1e-12)
     b = StoredAdamW([stored], 1e-3, (0.9, 0.999), 1e-12, moments=moments)
     draw = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        grad = (torch.randn(17, 31, generator=draw) + 0.5) * scale
+        grad = (torch.randn(101, 31, generator=draw) + 0.5) * scale
         exact.grad, stored.grad = grad.clone(), grad.clone()
         a.step()
         b.step()
     ratio = stored.mean(dim=0) / exact.mean(dim=0)
     assert (ratio[12:] - 1).abs().max() < tolerance  # down to a 250th of the largest in the block
+
+
+def test_parameters_of_one_shape_are_rounded_independently():
+    """Of a shared draw the errors of two matrices have a correlation of 1/2."""
+    parameters = {f"stack.{k}/weight": nn.Parameter(torch.zeros(61, 67)) for k in range(2)}
+    optimizer = create_optimizer(parameters, OptimizerConfig(moments="bfloat16", betas=(0.5, 0.5)))
+    errors = []
+    for k, p in enumerate(parameters.values()):
+        p.grad = drawn(61, 67, seed=k)
+    optimizer.step()
+    for p in parameters.values():
+        exact, unit = 0.5 * p.grad, torch.exp2((0.5 * p.grad.abs()).log2().floor() - 7)
+        errors.append(((optimizer.state[p]["exp_avg"].float().abs() - exact.abs()) / unit).flatten())
+    assert all(float(e.abs().max()) < 1 and float(e.std()) == pytest.approx(6**-0.5, rel=0.1) for e in errors)
+    assert abs(float(torch.corrcoef(torch.stack(errors))[0, 1])) < 0.1
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])

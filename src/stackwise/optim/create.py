@@ -69,8 +69,8 @@ def _adamw(parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig, se
 
 def _groups(parameters: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in parameters.items() if p.dim() >= 2], "weight_decay": decay},
+        {"params": [(name, p) for name, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

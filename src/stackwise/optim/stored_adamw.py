@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -26,10 +27,11 @@ class StoredAdamW(torch.optim.Optimizer):
     Moments are kept as fp32, bfloat16, or int8: 127 √(|m| / s) with m's sign and 255 (v / s)^¼, s the largest of 256.
     These codes are fine near zero, so that a small second moment does not become none. What is stored in fewer bits,
     bfloat16 parameters too, is rounded up or down at random with the nearer value likelier, so that changes below half
-    a unit are kept on average; the draw depends on (seed, step, shape) alone, so that a resumed run repeats it.
+    a unit are kept on average; the draw depends on (seed, step, name) alone, so that a resumed run repeats it and two
+    parameters do not share it.
 
     Args:
-        params: parameters or groups; float32 or bfloat16.
+        params: parameters, (name, parameter) or groups; float32 or bfloat16.
         lr, betas, eps, weight_decay: as in AdamW.
         moments: float32, bfloat16 or int8.
         seed: of the rounding.
@@ -53,19 +55,21 @@ class StoredAdamW(torch.optim.Optimizer):
         """Updates every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            for p in group["params"]:
+            names = group.get("param_names", [""] * len(group["params"]))
+            for name, p in zip(names, group["params"]):
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(name, p, group)
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state.update(_zeros(name, p, self.moments))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state.update(_zeros(moment, p, self.moments))
         state["step"] += 1
         step = int(state["step"])
-        draw = torch.Generator(p.device).manual_seed(hash((self.seed, step, *p.shape)))
+        digest = hashlib.sha256(repr((self.seed, step, name)).encode()).digest()
+        draw = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         beta1, beta2 = group["betas"]
         weights, grads = p.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
         for start in range(0, p.numel(), CHUNK):
