@@ -282,6 +282,17 @@ def test_a_damaged_memo_of_hashes_changes_nothing(tmp_path, monkeypatch) -> None
         assert files(path).fingerprint() == first
 
 
+def test_a_memo_that_a_killed_process_left_half_written_goes_with_the_next(tmp_path, monkeypatch) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    monkeypatch.setattr(corpora, "_SETTLED_NS", -1)
+    files(path).fingerprint()
+    (memo,) = (tmp_path / "cache" / "hashes").iterdir()
+    half = memo.with_name(f".{memo.name}.0123456789abcdef.tmp")
+    memo.rename(half)
+    files(path).fingerprint()
+    assert list(memo.parent.iterdir()) == [memo]
+
+
 def test_progress_of_the_fingerprint_ends_at_the_whole(tmp_path) -> None:
     calls = []
     write(tmp_path / "f" / "a.txt", "x" * (3 * corpora._HASH_CHUNK + 5))

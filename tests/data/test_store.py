@@ -394,6 +394,17 @@ def test_an_error_while_building_leaves_nothing(tmp_path, cache, monkeypatch) ->
     assert listing(cache / "tokens") == set()
 
 
+def test_what_a_process_killed_after_its_store_was_in_place_left_goes_when_the_store_is_opened(tmp_path, cache) -> None:
+    text = config(records(tmp_path / "a.jsonl", documents()))
+    prepare(text)
+    whole = listing(cache / "tokens")
+    left = cache / "tokens" / ".store.0123456789abcdef.tmp"
+    (left / "content").mkdir(parents=True)
+    (left / "owner.lock").touch()
+    prepare(text)
+    assert listing(cache / "tokens") == whole
+
+
 def test_a_text_that_changes_while_it_is_tokenized_is_refused(tmp_path, cache, monkeypatch) -> None:
     path = records(tmp_path / "a.jsonl", documents())
     original = ByteTokenizer.encode_many

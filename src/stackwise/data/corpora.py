@@ -24,7 +24,7 @@ from typing import Any
 from stackwise.config.schema import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.errors import RunError, UserError
-from stackwise.files import write_atomic
+from stackwise.files import remove_leftovers, write_atomic
 from stackwise.reading import JSONError, json_type, parse_json, read_json
 
 Progress = Callable[[str, int, int | None], None]
@@ -284,8 +284,9 @@ class FileCorpus(Corpus):
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(file.parent, re.escape(file.name))
             write_atomic(file, [json.dumps(memo).encode()])
-        except OSError:  # a memo only saves time, and the cache may be another user's
+        except OSError:  # a memo only saves time, and the cache may be another user's or written by two at once
             return
 
 
