@@ -34,7 +34,7 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="Memory to fit into, for example 24GB (default: the device's)")
+        str | None, typer.Option("--memory", help="Memory of the device, for example 24GB (default: what it has)")
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")

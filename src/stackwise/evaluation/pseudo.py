@@ -44,5 +44,5 @@ def pseudo_perplexity(
             hidden = rack.hidden(inputs.to(rack.device))[index.to(rack.device), some.to(rack.device)]
             targets = row[some].to(rack.device)
             terms, _ = linear_cross_entropy_terms(hidden, rack.head_weight, targets, bias=rack.head_bias)
-            total, count = total + float(terms.double().sum()), count + len(some)
+            total, count = total + float(terms.cpu().double().sum()), count + len(some)
     return {"pseudo_perplexity": math.exp(total / count), "pseudo_perplexity_tokens": count}

@@ -90,11 +90,14 @@ def unmask(
         levels = thresholds("linear", steps or max(1, most))
     never = sorted({mask_id, *suppressed_ids})
     draw = _Draw(seeds, temperature, top_p)
-    logits_of = _guided(denoise, guidance, mask_id, never)
+    logits_of = _guided(denoise, guidance, mask_id, never, tokens.device)
+    device, tokens = tokens.device, tokens.cpu()
     if order == "ancestral":
         assert levels is not None
-        return _ancestral(logits_of, tokens, mask_id, levels, draw, time_free)
-    return _by_order(logits_of, tokens, mask_id, order, steps or max(1, most), threshold, draw)
+        made = _ancestral(logits_of, tokens, mask_id, levels, draw, time_free)
+    else:
+        made = _by_order(logits_of, tokens, mask_id, order, steps or max(1, most), threshold, draw)
+    return (step.to(device) for step in made)
 
 
 def _only(order: str, readers: tuple[str, ...], **option: object) -> None:
@@ -103,12 +106,17 @@ def _only(order: str, readers: tuple[str, ...], **option: object) -> None:
             raise ValueError(f"{name} is read by the order {', '.join(readers)}; order is {order}")
 
 
-def _guided(denoise: Denoiser, guidance: tuple[float, Tensor] | None, mask_id: int, never: list[int]) -> Denoiser:
+def _guided(
+    denoise: Denoiser, guidance: tuple[float, Tensor] | None, mask_id: int, never: list[int], device: torch.device
+) -> Denoiser:
+    """Logits of tokens, both on the CPU: not every device has double precision. ``denoise`` works on ``device``."""
+
     def logits_of(tokens: Tensor, level: Tensor) -> Tensor:
-        logits = denoise(tokens, level).double()
+        tokens = tokens.to(device)
+        logits = denoise(tokens, level).cpu().double()
         if guidance is not None and guidance[0] > 0:
             scale, prompt = guidance
-            blind = denoise(torch.where(prompt, mask_id, tokens), level).double()
+            blind = denoise(torch.where(prompt, mask_id, tokens), level).cpu().double()
             logits = blind + (1 + scale) * (logits - blind)
         return suppress(logits, never)
 
@@ -138,7 +146,7 @@ class _Draw:
             logits = logits / self.temperature
             if self.top_p is not None:
                 logits = keep_top_p(logits, self.top_p)
-            noise = -(-self.uniform(*logits.shape[1:], rows=rows.cpu()).to(logits.device).log()).log()
+            noise = -(-self.uniform(*logits.shape[1:], rows=rows).log()).log()
             chosen = (logits + noise).argmax(dim=-1)
         else:
             chosen = logits.argmax(dim=-1)
@@ -157,7 +165,7 @@ def _ancestral(
         if logits is None or not time_free:
             logits = logits_of(tokens, torch.full((len(tokens),), level, dtype=torch.float64))
         chosen, _ = draw.tokens(logits, rows)
-        shown = draw.uniform(tokens.shape[1], rows=rows.cpu()).to(tokens.device) < (level - following) / level
+        shown = draw.uniform(tokens.shape[1], rows=rows) < (level - following) / level
         shown = gaps & (shown if following > 0 else True)
         if shown.any():
             tokens, logits = torch.where(shown, chosen, tokens), None
@@ -182,10 +190,10 @@ def _by_order(
         if not left.any():
             return
         step += 1
-        level = (left / tokens.shape[1]).double().cpu().clamp(min=1e-9)
+        level = (left / tokens.shape[1]).double().clamp(min=1e-9)
         chosen, log_p = draw.tokens(logits_of(tokens, level), left > 0)
         if order == "first_hitting":
-            score = draw.uniform(tokens.shape[1], rows=(left > 0).cpu()).to(tokens.device)
+            score = draw.uniform(tokens.shape[1], rows=left > 0)
             count = torch.ones_like(left)
         elif order == "threshold":
             score = log_p.amax(dim=-1)

@@ -93,11 +93,11 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     It is the first token at which the cumulated probability exceeds the number.
     """
     # in double precision: in fp32 the rounding of cumulated probabilities is as large as what a rare token has
-    probability = logits.double().softmax(dim=-1)
+    probability = logits.cpu().double().softmax(dim=-1)  # not every device has double precision
     # sums taken in parallel need not ascend: a token of probability 0 is left out by more than an equal sum
     cumulated = probability.cumsum(dim=-1).masked_fill(probability == 0, 0.0)
     threshold = uniform.to(cumulated)[..., None] * cumulated.amax(dim=-1, keepdim=True)
-    return (cumulated > threshold).int().argmax(dim=-1)
+    return (cumulated > threshold).int().argmax(dim=-1).to(logits.device)
 
 
 def next_token(
@@ -111,11 +111,11 @@ def next_token(
     min_p: float | None = None,
 ) -> Tensor:
     """Token ids (B,) after logits (B, V), drawn as ``Draw`` says; ``uniform`` as for ``sample``, unused when greedy."""
-    logits = suppress(logits, suppressed_ids)
+    device, logits = logits.device, suppress(logits, suppressed_ids)
     if temperature == 0:
         return logits.argmax(dim=-1)
     assert uniform is not None
-    logits = logits.double()
+    logits = logits.cpu().double()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature makes +∞ of it
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
@@ -123,7 +123,7 @@ def next_token(
         logits = keep_top_p(logits, top_p)
     if min_p is not None:
         logits = keep_min_p(logits, min_p)
-    return sample(logits, uniform)
+    return sample(logits, uniform).to(device)
 
 
 def row_seeds(seed: int, n: int) -> list[int]:

@@ -212,7 +212,7 @@ class CrossEntropyObjective(ABC):
 def scored(example: Example, terms: Tensor, right: Tensor, judged: Tensor) -> Score:
     """The score of an example's rows, weighted as the example says, from the terms (B, T) of its positions."""
     there = (example.targets != IGNORE).numpy()
-    nats = terms.double().cpu().numpy()
+    nats = terms.cpu().double().numpy()
     weights = np.ones_like(nats) if example.weights is None else example.weights.double().numpy()
     tokens = there.sum(axis=1) if example.counted is None else example.counted.numpy()
     return Score((nats * weights).sum(axis=1), tokens, int((right.cpu() & judged).sum()), int(judged.sum()))

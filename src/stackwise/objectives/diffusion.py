@@ -263,7 +263,7 @@ class DiffusionObjective(CrossEntropyObjective):
         masked = there.sum(axis=1)
         if self.variant == "prefix":
             return replace(score, tokens=masked)
-        means = terms.double().cpu().numpy().sum(axis=1) / np.maximum(masked, 1)
+        means = terms.cpu().double().numpy().sum(axis=1) / np.maximum(masked, 1)
         return replace(score, rates=masked / np.maximum(1, score.tokens), means=means)
 
     def _stage_terms(self, rack: Rack, example: Example) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from stackwise.config.schema import TrainingConfig
 from stackwise.errors import UserError
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 
-# Dense bfloat16 FLOP/s of the data sheets, by a part of the device's name.
+# Dense bfloat16 FLOP/s of the data sheets, by the device's name without maker, series, socket and memory.
 BF16_PEAK = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
+    "A100 PCIe": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A10G": 70e12,
@@ -41,6 +43,13 @@ DEVICES: dict[str, tuple[str, int]] = {
     "3090": ("RTX 3090", 24 * 10**9),
 }
 """Devices that need not be here: a key of ``BF16_PEAK``, and bytes of memory by the data sheet. All have bfloat16."""
+
+CONTEXT_BYTES = 10**9
+"""Of a GPU's memory that no tensor can have: the CUDA context with its loaded kernels (0.3 to 0.6 GB as nvidia-smi
+shows it) and workspaces of the matrix libraries. Assumed generously, not measured; ``make gpu`` measures it."""
+FRAGMENTATION = 0.05
+"""Share of a GPU's memory that the caching allocator holds in blocks too small or too large for what is asked. Assumed;
+``make gpu`` measures it."""
 
 UTILISATION = {"data sheet": 0.4, "measured here": 0.6, "given": 1.0}
 """Share of a rate that training is taken to reach. Published runs of large models reach 0.38 to 0.43 of the data sheet
@@ -73,6 +82,13 @@ class Machine:
     flops_per_second: float | None = None
     rate: Literal["data sheet", "measured here", "given"] = "data sheet"
     here: bool = True
+
+    @property
+    def usable_memory(self) -> int | None:
+        """Bytes of the device that tensors can have."""
+        if self.memory is None or self.device.type != "cuda":
+            return self.memory
+        return max(0, int(self.memory * (1 - FRAGMENTATION)) - CONTEXT_BYTES)
 
     @property
     def reached_flops(self) -> float | None:
@@ -125,9 +141,20 @@ def available_memory(device: torch.device) -> int | None:
 def data_sheet_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU that is here, if it is known and computes in bfloat16."""
     if device.type == "cuda" and compute_dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in BF16_PEAK.items() if part in name), None)
+        return sheet_of(torch.cuda.get_device_name(device))
     return None
+
+
+def sheet_of(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the GPU that a driver calls ``name``; ``None`` of one that is not listed.
+
+    All words that tell models apart must agree: an L40 is no L4, an RTX A1000 no A100, a laptop's or a part of a GPU
+    (MIG) not the whole one.
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    beside = re.compile(r"nvidia|tesla|geforce|sxm\d*|hbm\d*e?|\d+gb")
+    model = {word for word in words if not beside.fullmatch(word)}
+    return next((peak for label, peak in BF16_PEAK.items() if set(label.lower().split()) == model), None)
 
 
 def peak_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float:
@@ -135,17 +162,21 @@ def peak_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float
     return data_sheet_flops(device, compute_dtype) or measured_flops(device, compute_dtype or torch.float32)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 768, seconds: float = 0.4) -> float:
-    """The best FLOP/s of products of two ``size``² matrices, tried for so many ``seconds``.
+def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """The best FLOP/s of products of two square matrices, tried for so many ``seconds`` at each size.
 
-    The best, since other work on the machine only slows a product down.
+    The best, since other work on the machine only slows a product down. An accelerator needs large matrices to fill it,
+    and several products in a row to hide what starting one takes.
     """
-    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-    best = float("inf")
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        b = a @ a
-        float(b[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    sizes, row = ((768,), 1) if device.type == "cpu" else ((2048, 4096), 16)
+    best = 0.0
+    for size in sizes:
+        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            for _ in range(row):
+                b = a @ a
+            float(b[0, 0])  # waits for the device
+            best = max(best, row * 2 * size**3 / (time.perf_counter() - start))
+    return best

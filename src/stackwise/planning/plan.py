@@ -217,7 +217,7 @@ def plan_run(
 
     Args:
         folder: on the disk that the run would be written to.
-        limit: bytes it must fit into; default what the device has.
+        limit: bytes it must fit into; default what tensors can have of the device's.
         present: ids of the Stacks that ``model.initial`` brings, left to right.
         machine: what it will run on; default the one here, whose speed is not known.
     """
@@ -240,5 +240,5 @@ def plan_run(
         )
     disk = stored_bytes(planned.costs, config.training.checkpoint.keep_last)
     tokens = config.training.batch_size * config.training.seq_len
-    limit = machine.memory if limit is None else limit
+    limit = machine.usable_memory if limit is None else limit
     return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes, machine)
