@@ -84,6 +84,23 @@ def test_opening_says_what_is_missing(tmp_path: Path) -> None:
         RunDir.open(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", ".origin", "checkpoints/newest", "tokenizer/t.json"])
+def test_a_run_with_something_that_is_no_file_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    run = RunDir.create(tmp_path / "run", "")
+    path = run.path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        RunDir.open(run.path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        RunDir.open(run.path)
+    path.unlink()
+    path.symlink_to(tmp_path / "absent")
+    RunDir.open(run.path)
+
+
 # The lock.
 
 

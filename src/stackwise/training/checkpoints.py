@@ -298,7 +298,8 @@ class CheckpointStore:
     def _newest_step(self) -> int | None:
         """The step of the checkpoint saved last, as it was noted then. CheckpointError when the note is damaged."""
         try:
-            text = self._newest.read_text(encoding="ascii", errors="replace")
+            with open(self._newest, encoding="ascii", errors="replace") as file:
+                text = file.read(32)
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -108,7 +109,16 @@ class RunDir:
             raise UserError(f"{run.path} is not a run: it is a file, not a folder")
         if not run.config.is_file():
             raise UserError(f"{run.path} is not a run: it has no config.yaml")
+        run._refuse_endless()
         return run
+
+    def _refuse_endless(self) -> None:
+        """UserError for a pipe, a socket or a device in the run, also behind a link: reading it might never end."""
+        for folder, _, names in os.walk(self.path):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+                    if not stat.S_ISREG(path.stat().st_mode):
+                        raise UserError(f"{path} is no regular file; a run holds files and folders only")
 
     def discard(self) -> None:
         """Removes a run that has not begun: its config and its tokenizer, and the folder if nothing else is in it.
