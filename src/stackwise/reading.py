@@ -1,4 +1,4 @@
-"""The one reader of JSON, for files that anybody may have written.
+"""The one reader of JSON, for files that anybody may have written, and of paths that anybody may have named.
 
 What it returns is small enough to walk, print and write again: no deeper than ``MAX_DEPTH``, no whole number beyond 64
 bits, finite numbers, text that UTF-8 can hold. Whatever is wrong is a ``JSONError``, a ``ValueError`` of one line that
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any, NoReturn
+
+from stackwise.errors import UserError
 
 MAX_BYTES = 1 << 26
 """Of a file that ``read_json`` reads."""
@@ -75,6 +77,14 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JSONError(f"not an object but {json_type(value)}")
     return value
+
+
+def from_home(path: str | Path, key: str) -> Path:
+    """``path`` with the home folder that ``~`` or ``~user`` at its start means. UserError that names ``key``."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}: {str(path)!r}: there is no such user here, or none with a home folder") from None
 
 
 def json_type(value: object) -> str:

@@ -133,12 +133,16 @@ def _bounds(annotation: Any) -> Iterator[Any]:
             yield from _bounds(part)
 
 
-def _range(field: FieldInfo) -> str:
-    """``at least 0 and below 1``."""
+def _range(field: FieldInfo, broken: str) -> str:
+    """``at least 0 and below 1``. The largest size that is taken at all is named where it is what is ``broken``."""
     found = list(_bounds(field))
     words = []
     for kind, attribute, word in _BOUNDS:
         limits = {getattr(bound, attribute) for bound in found if isinstance(bound, kind)}
+        if kind is Le and broken != "less_than_equal":
+            limits = {limit for limit in limits if limit < 1e6}
+        if kind is Ge and limits:
+            limits = {max(limits)}
         words += [f"{word} {limit:g}" if limit < 1e6 else f"{word} {limit}" for limit in sorted(limits)]
     return " and ".join(words)
 
@@ -217,7 +221,7 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
             message = f"{dotted}: {show(value)} is not allowed; allowed: null{_reason(field)}"
         elif kind in _OUT_OF_RANGE and field is not None:
             null = "" if positions else _or_null(field)
-            message = f"{dotted}: {show(value)} is out of range; must be {_range(field)}{null}"
+            message = f"{dotted}: {show(value)} is out of range; must be {_range(field, kind)}{null}"
         elif kind == "finite_number":
             message = f"{dotted}: {show(value)} is out of range; must be a finite number"
         elif kind in _COUNTS:

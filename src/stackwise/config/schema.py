@@ -13,7 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=1 << 53)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+"""Of a tensor along one dimension."""
+Stacks = Annotated[int, Field(ge=1, le=256)]
+MAX_BLOCKS = 10_000
+"""More layers than any model has."""
+Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -48,8 +54,8 @@ def conflict(key: str, message: str) -> PydanticCustomError:
 
 
 class ArchitectureConfig(Section):
-    n_stacks: PositiveInt = Field(4, description="Stacks of the whole Rack")
-    blocks_per_stack: Annotated[PositiveInt | tuple[PositiveInt, ...], BeforeValidator(_tuple)] = Field(
+    n_stacks: Stacks = Field(4, description="Stacks of the whole Rack")
+    blocks_per_stack: Annotated[Blocks | tuple[Blocks, ...], BeforeValidator(_tuple)] = Field(
         2, description="Blocks (transformer layers) in each Stack, or a list: one number for each Stack's id"
     )
 
@@ -60,6 +66,8 @@ class ArchitectureConfig(Section):
                 "blocks_per_stack",
                 f"has {len(self.blocks_per_stack)} entries for {self.n_stacks} Stacks (n_stacks); give one a Stack",
             )
+        if (total := self.blocks_before(self.n_stacks)) > MAX_BLOCKS:
+            raise conflict("blocks_per_stack", f"makes {total:,} Blocks in all; allowed: at most {MAX_BLOCKS:,}")
         return self
 
     def blocks_of(self, stack_id: int) -> int:
@@ -74,7 +82,11 @@ class ArchitectureConfig(Section):
 
     def blocks_before(self, stack_id: int) -> int:
         """Blocks of all Stacks with a smaller id."""
-        return sum(self.blocks_of(k) for k in range(stack_id))
+        if isinstance(self.blocks_per_stack, int):
+            return self.blocks_per_stack * stack_id
+        if stack_id > len(self.blocks_per_stack):
+            self.blocks_of(stack_id - 1)  # raises
+        return sum(self.blocks_per_stack[:stack_id])
 
 
 class AttentionCustomConfig(Section):
@@ -86,25 +98,23 @@ class AttentionCustomConfig(Section):
     attention_mode: Literal["causal", "bidirectional"] | None = Field(
         None, description="custom: null: causal for clm, bidirectional for mlm"
     )
-    mla_rq: PositiveInt | None = Field(
+    mla_rq: Size | None = Field(
         None, description="Rank of latent queries; null: d_model / 4 (custom and shared latents: queries are full)"
     )
-    mla_rkv: PositiveInt | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
+    mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
     mla_latents: Literal["shared", "separate"] | None = Field(
         None,
         description="shared: one latent for keys and values and a rotary key beside it (DeepSeek-V3); "
         "separate: a factor for each of q, k, v; null: shared, for mlgka separate",
     )
-    mla_rope_dim: PositiveInt | None = Field(
+    mla_rope_dim: Size | None = Field(
         None, description="Rotary dimensions beside each head of shared latents; null: half the head size"
     )
-    mla_v_head_dim: PositiveInt | None = Field(
-        None, description="Size of a value head of shared latents; null: the head size"
-    )
+    mla_v_head_dim: Size | None = Field(None, description="Size of a value head of shared latents; null: the head size")
     kernel_type: Literal["linear", "gaussian", "laplacian", "uniform"] | None = Field(
         None, description="Kernel of queries and keys; null: kernel_attention gaussian, mlgka laplacian, custom linear"
     )
-    kernel_dim: Annotated[int, Field(ge=2)] | None = Field(
+    kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
         None, description="Random features of kernels as logits, an even number; null: 64"
     )
     kernel_meaning: Literal["logit", "weight"] = Field(
@@ -129,12 +139,12 @@ class TokenizerEmbeddingConfig(Section):
         None, description="The matrix of family to take: its input's or its head's; null: embed_tokens"
     )
     freeze_embeddings: bool = Field(False, description="Keep the token embedding at its initial values")
-    adapter_hidden_dim: PositiveInt | None = Field(
+    adapter_hidden_dim: Size | None = Field(
         None,
         description="Hidden width of the adapter from family's table to d_model; null: d_model, and no adapter where "
         "the table has that width",
     )
-    embedding_dim: PositiveInt | None = Field(None, description="Width of family's table; null: read there")
+    embedding_dim: Size | None = Field(None, description="Width of family's table; null: read there")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -160,14 +170,14 @@ class ModelConfig(Section):
     initial: str | None = Field(
         None, description="A run whose Rack is there before the first phase (train --from sets it); null: none"
     )
-    vocab_size: PositiveInt | None = Field(None, description="null: the tokenizer's")
-    d_model: PositiveInt = Field(128, description="Width of the hidden state")
-    n_heads: PositiveInt = Field(4, description="Query heads; must divide d_model, unless head_dim is set")
-    n_kv_heads: PositiveInt | None = Field(
+    vocab_size: Size | None = Field(None, description="null: the tokenizer's")
+    d_model: Size = Field(128, description="Width of the hidden state")
+    n_heads: Size = Field(4, description="Query heads; must divide d_model, unless head_dim is set")
+    n_kv_heads: Size | None = Field(
         None, description="Key and value heads; null: n_heads (efficient_gqa and mlgka: n_heads / 4, at least 1)"
     )
-    head_dim: PositiveInt | None = Field(None, description="Size of a head; null: d_model / n_heads")
-    d_ff: PositiveInt | None = Field(
+    head_dim: Size | None = Field(None, description="Size of a head; null: d_model / n_heads")
+    d_ff: Size | None = Field(
         None, description="Width of the feed-forward; null: 8/3 d_model (gelu: 4 d_model), rounded up to 32"
     )
     architecture: ArchitectureConfig = ArchitectureConfig()
@@ -180,7 +190,7 @@ class ModelConfig(Section):
     )
     attention_custom: AttentionCustomConfig = AttentionCustomConfig()
     qk_norm: bool = Field(False, description="RMSNorm over each head's queries and keys (Qwen3)")
-    window: Annotated[int, Field(ge=2)] | None = Field(
+    window: Annotated[Size, Field(ge=2)] | None = Field(
         None, description="Local attention: tokens in a window (bidirectional: half to each side); null: all tokens"
     )
     global_every: PositiveInt | None = Field(
@@ -191,7 +201,7 @@ class ModelConfig(Section):
     )
     use_rope: bool = Field(True, description="Rotary positions on queries and keys")
     rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
-    learned_positions: PositiveInt | None = Field(
+    learned_positions: Size | None = Field(
         None, description="Rows of a learned table of positions, the longest sequence; null: no table"
     )
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="rmsnorm or layernorm, everywhere")
@@ -438,8 +448,8 @@ class ScheduleConfig(Section):
     kind: Literal["wsd", "cosine", "constant"] = Field(
         "wsd", description="wsd: warm-up, stable, linear decay; cosine: warm-up, cosine decay"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Linear warm-up of the first phase")
-    rewarmup_steps: Annotated[int, Field(ge=0)] = Field(
+    warmup_steps: Annotated[int, Field(ge=0, le=1 << 53)] = Field(50, description="Linear warm-up of the first phase")
+    rewarmup_steps: Annotated[int, Field(ge=0, le=1 << 53)] = Field(
         20, description="Linear warm-up at the start of every later phase"
     )
     decay_fraction: Fraction = Field(0.2, description="wsd: share of the steps, at the end, that decay")
@@ -454,7 +464,7 @@ TRAINABLE_PRECISIONS = ("full", "bfloat16")
 
 
 class ProgressiveConfig(Section):
-    target_stacks: PositiveInt | None = Field(None, description="Stacks to grow to; null: model.architecture.n_stacks")
+    target_stacks: Stacks | None = Field(None, description="Stacks to grow to; null: model.architecture.n_stacks")
     building_mode: Literal["append", "prepend", "interleave"] = Field(
         "append",
         description="New Stacks go to the right (append) or to the left (prepend) of the trunk, or (interleave) all at "
@@ -530,7 +540,7 @@ class PhaseConfig(Section):
     sweep: Literal["left_to_right", "right_to_left"] | None = Field(
         None, description="One unit after another trains, the rest frozen"
     )
-    cycles: PositiveInt = Field(1, description="sweep: how often")
+    cycles: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="sweep: how often")
     unit: Literal["stack", "block"] = Field("stack", description="sweep: stack or block")
     group: PositiveInt = Field(1, description="sweep: neighbouring Stacks that train together")
     unfreeze: Literal["right_to_left", "left_to_right"] | None = Field(
@@ -615,7 +625,7 @@ class DiffusionConfig(Section):
         "count alike; between them gradients are less noisy and short runs learn faster. Scores are always the bound",
     )
     min_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(1e-3, description="stratified: the lowest rate")
-    block_length: PositiveInt | None = Field(
+    block_length: Size | None = Field(
         None,
         description="Block diffusion (BD3-LM 2503.09573): blocks of so many tokens come left to right, each by "
         "diffusion given those before; must divide seq_len; null: all tokens are one block",
@@ -649,7 +659,7 @@ class DiffusionConfig(Section):
     time_embedding: Literal["sinusoidal", "learned"] = Field(
         "sinusoidal", description="time_interpretation input: how the noise level becomes a vector"
     )
-    time_dim: Annotated[int, Field(ge=2, multiple_of=2)] = Field(
+    time_dim: Annotated[Size, Field(ge=2, multiple_of=2)] = Field(
         64, description="time_interpretation input: width of that vector"
     )
 
@@ -675,7 +685,7 @@ class DiffusionConfig(Section):
 class ClassificationConfig(Section):
     """The class of a sequence, scored by the first rows of the head."""
 
-    classes: Annotated[int, Field(ge=2)] = Field(2, description="Number of classes: labels are 0 to classes − 1")
+    classes: Annotated[Size, Field(ge=2)] = Field(2, description="Number of classes: labels are 0 to classes − 1")
     pooling: Literal["last", "mean"] | None = Field(
         None, description="What the head reads: the last real token, or the mean over all; null: last where attention "
         "is causal, else mean"
@@ -686,7 +696,7 @@ class QLoRAConfig(Section):
     """Low-rank adapters (LoRA 2106.09685, QLoRA 2305.14314) on every linear layer of attention and feed-forward."""
 
     enabled: bool = Field(False, description="Each Stack gets a stack adapter when it is made")
-    rank: PositiveInt = Field(16, description="Rank of stack adapters")
+    rank: Size = Field(16, description="Rank of stack adapters")
     alpha: Annotated[float, Field(gt=0.0)] = Field(16.0, description="Stack adapters count alpha / rank times")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Of what the adapters read")
     strategy: Literal["simplified", "progressive", "variable"] = Field(
@@ -708,7 +718,7 @@ class QLoRAConfig(Section):
     progressive_enabled: bool = Field(
         False, description="Each Stack gets a second, progressive adapter when it becomes trunk"
     )
-    progressive_rank: PositiveInt = Field(8, description="Rank of progressive adapters")
+    progressive_rank: Size = Field(8, description="Rank of progressive adapters")
     progressive_alpha: Annotated[float, Field(gt=0.0)] = Field(
         8.0, description="Progressive adapters count progressive_alpha / progressive_rank times"
     )
@@ -768,7 +778,7 @@ class EvaluationConfig(Section):
         None, description="Validate every so many steps; null: at the end of every phase"
     )
     max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
-    draws: PositiveInt = Field(1, description="diffusion: masks drawn for each sequence that is scored")
+    draws: Size = Field(1, description="diffusion: masks drawn for each sequence that is scored")
 
 
 class LoggingConfig(Section):
@@ -793,11 +803,11 @@ class TrainingConfig(Section):
     phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(_tuple)] = Field(
         (), description="strategy phases: the phases, in order; each adds Stacks, or trains some, or sweeps over all"
     )
-    batch_size: PositiveInt = Field(16, description="Sequences in one optimizer step")
-    micro_batch_size: PositiveInt | None = Field(
+    batch_size: Size = Field(16, description="Sequences in one optimizer step")
+    micro_batch_size: Size | None = Field(
         None, description="Sequences in one forward pass (gradients accumulate); null: batch_size"
     )
-    seq_len: PositiveInt = Field(256, description="Tokens in a sequence")
+    seq_len: Size = Field(256, description="Tokens in a sequence")
     max_steps: PositiveInt | None = Field(
         None,
         description=f"Budget in steps; set one of max_steps, max_tokens, max_flops (none: {DEFAULT_STEPS} steps)",
@@ -909,7 +919,7 @@ class TokenizerConfig(Section):
     kind: Literal["bytes", "characters", "bpe", "pretrained"] = Field(
         "bpe", description="bytes; characters; bpe (trained on the corpus); pretrained (from path)"
     )
-    vocab_size: Annotated[int, Field(ge=260)] = Field(4096, description="bpe: size of the trained vocabulary")
+    vocab_size: Annotated[Size, Field(ge=260)] = Field(4096, description="bpe: size of the trained vocabulary")
     path: str | None = Field(
         None, description="pretrained: a tokenizer.json, a Hugging Face folder, or the tokenizer folder of a run"
     )

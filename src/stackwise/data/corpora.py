@@ -25,7 +25,7 @@ from stackwise.config.schema import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.errors import RunError, UserError
 from stackwise.files import remove_leftovers, write_atomic
-from stackwise.reading import JSONError, json_type, parse_json, read_json
+from stackwise.reading import JSONError, from_home, json_type, parse_json, read_json
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much is done and how much there is (``None``: not known), in bytes of text."""
@@ -113,7 +113,7 @@ def open_files(paths: Sequence[str], text_field: str, memo: Path | None = None, 
 
 def _expand(entry: str, key: str) -> list[Path]:
     """The files that a path or glob names, sorted."""
-    path = Path(entry).expanduser()
+    path = from_home(entry, key)
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Library
 
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
-from stackwise.reading import read_object
+from stackwise.reading import from_home, read_object
 
 BUILT_IN_SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
 """The special tokens of every kind but pretrained; they have the ids 0, 1 and 2."""
@@ -277,7 +277,7 @@ def open_pretrained(path: str | Path) -> Tokenizer:
     Raises:
         UserError: there is no such file, it cannot be read, or no end token is found.
     """
-    path = Path(path).expanduser()
+    path = from_home(path, "data.tokenizer.path")
     key = f"data.tokenizer.path: {str(path)!r}"
     if (path / _DESCRIPTION).is_file():
         return load_tokenizer(path)

@@ -21,6 +21,8 @@ from stackwise.ops.boundary import largest_count
 StepFlops = Callable[[Phase], float]
 """True FLOPs of one optimizer step of a phase."""
 
+MAX_PHASES = 1000
+"""Of a run; more cannot be planned in a time that anybody waits."""
 _UNSCHEDULED = Schedule(0, "linear", 0, 0, 1.0)
 
 
@@ -139,6 +141,10 @@ class _Course:
         enters: int = 0,
     ) -> None:
         config = self.config
+        if len(self.drafts) == MAX_PHASES:
+            raise UserError(
+                f"the curriculum has more than {MAX_PHASES:,} phases: fewer cycles, Stacks or Blocks are taken"
+            )
         before = [draft.phase.name for draft in self.drafts]
         times = 1 + sum(other == name or other.startswith(f"{name} (") for other in before)
         parts = [part if isinstance(part, str) else f"stack.{part}" for part in trained]

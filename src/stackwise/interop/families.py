@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import MAX_BLOCKS
 from stackwise.errors import UserError
 from stackwise.model.architecture import rack_spec_from_config
 from stackwise.model.spec import BlockSpec, RackSpec
 
 Settings = dict[str, Any]
-
-MAX_BLOCKS = 10_000
-"""More layers than any model has; a config that asks for more is damaged."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from stackwise.errors import ConfigError, UserError
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.initialisation import init_weights
 from stackwise.model.rack import Rack
-from stackwise.reading import read_object
+from stackwise.reading import from_home, read_object
 
 EmbeddingOption = Literal["embed_tokens", "lm_head"]
 
@@ -185,7 +185,7 @@ class LexicalKernelManager:
 
     def _find_folder(self) -> tuple[Path, str | None]:
         """The folder and, of a model on the hub, its revision."""
-        path = Path(self.family).expanduser()
+        path = from_home(self.family, self._key)
         if path.is_dir():
             return path, None
         if path.exists():

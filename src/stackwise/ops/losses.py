@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stackwise.ops.repeats import chunk_starts
+
 IGNORE = -100
 """Target of a position that does not count."""
 
@@ -51,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         matrix = weight.to(hidden.dtype)
-        for start in range(0, hidden.shape[0], rows):
+        for start in chunk_starts(hidden, rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
             # Logits, then softmax · z, then the gradient, all in place: logsumexp would make a second chunk inside.
             chunk = _logits(part, matrix, bias, excluded)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from stackwise.config.base import StackWiseConfig
@@ -37,6 +36,7 @@ from stackwise.ops.boundary import BoundaryLayout, boundary_format
 from stackwise.ops.coding import CODING
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
+from stackwise.ops.repeats import Counting
 from stackwise.optim.create import create_optimizer, is_matrix_of_a_stack, state_bytes, step_bytes
 from stackwise.planning.flops import Flops, flops_of, multiplications_of
 from stackwise.signals import stop_if_asked, stoppable
@@ -45,7 +45,7 @@ READ_AHEAD = 3
 """Batches of a cached boundary that are in memory on a CPU beside the one in use: two read ahead and one on its way."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(Counting):
     """FLOPs of the operations that run, and bytes of the tensor storages that they made and that still live.
 
     ``FlopCounterMode`` itself keeps checkpointed activations alive through its module hooks, so its formulas are used
@@ -104,11 +104,13 @@ class Ledger(TorchDispatchMode):
         elif func is torch.ops.profiler._record_function_exit._RecordFunction:
             self._regions.pop()
         elif self._regions and self._regions[-1] == CODING:
-            self._flops["cache" if self.kind == "cache" else "dequantisation"] += multiplications_of(func, out)
+            self._flops["cache" if self.kind == "cache" else "dequantisation"] += self.times * multiplications_of(
+                func, out
+            )
         else:
             # Autograd's own products run without gradients; a recomputed forward pass wants them.
             again = self.kind == "backward" and torch.is_grad_enabled()
-            self._flops["recomputation" if again else self.kind] += flops_of(func, args, kwargs, out)
+            self._flops["recomputation" if again else self.kind] += self.times * flops_of(func, args, kwargs, out)
 
     def _release(self, key: int, size: int) -> None:
         del self._known[key]

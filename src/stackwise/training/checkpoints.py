@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -337,15 +338,17 @@ class CheckpointStore:
             digest = data.pop("sha256")
             if digest != _digest_of(data):
                 raise ValueError("its content does not match its sha256")
-            if data["step"] != step:
+            if type(data["step"]) is not int or data["step"] != step:
                 raise ValueError(f"it is of step {data['step']}")
             if data["format"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"the checkpoint of step {step} has format {data['format']} in {path}; "
                     f"this version of StackWise reads {FORMAT_VERSION}"
                 )
-            parts = {name: _Object(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
-            return _Manifest(data["step"], parts, data["state"])
+            parts = {name: _object(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
+            if not isinstance(data["state"], dict):
+                raise ValueError("its state is no object")
+            return _Manifest(step, parts, data["state"])
         except OSError as error:
             problem = error.strerror or str(error)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -560,6 +563,13 @@ def _hash_part(part: str, tensors: Mapping[str, Tensor]) -> _Object:
     return _Object(hasher.hexdigest(), size)
 
 
+def _object(sha256: Any, size: Any) -> _Object:
+    """What a manifest says of a part. ValueError unless that is a hash and a number of bytes."""
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256) or type(size) is not int:
+        raise ValueError("a part in it has no hash or no size")
+    return _Object(sha256, size)
+
+
 def _hash_file(path: Path) -> str | None:
     """The sha256 of a file, None when it cannot be read."""
     try:
@@ -591,8 +601,13 @@ def _read_safetensors(path: Path, entry: _Object, check: bool = True) -> dict[st
             ]
             layout.sort(key=lambda item: item[3:])
             at = 0
-            for _, _, _, start, end in layout:
+            for _, dtype, shape, start, end in layout:
                 if start != at or not isinstance(end, int) or end < start:
+                    raise ValueError(damaged)
+                if (
+                    not all(type(n) is int and n >= 0 for n in shape)
+                    or math.prod(shape) * dtype.itemsize != end - start
+                ):
                     raise ValueError(damaged)
                 at = end
             if 8 + length + at != entry.bytes:

@@ -19,6 +19,7 @@ from stackwise.training.checkpoints import Checkpoint, CheckpointStore
 from stackwise.training.identity import check_config
 from stackwise.training.offload import fill_tensors
 from stackwise.training.rundir import RunDir
+from stackwise.training.state import load_checkpoint
 
 _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embedding", "freeze_up_proj")
 """Settings of ``model`` in which a run may differ from the one it starts from."""
@@ -77,7 +78,7 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     store = CheckpointStore(run.checkpoints)
     if not store.has_any():
         raise UserError(f"model.initial: {config.model.initial!r} has no checkpoint yet")
-    checkpoint = store.load()
+    checkpoint = load_checkpoint(store)
     check_config(checkpoint, base, run.config)
     for k in checkpoint.state["stacks"]:
         there, here = base.model.architecture.blocks_of(k), config.model.architecture.blocks_of(k)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,47 +51,8 @@ from stackwise.training.optimizers import (
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.schedules import lr_ratio
+from stackwise.training.state import PhaseRecord, RunState
 from stackwise.training.tracking import Tracker
-
-
-@dataclass
-class PhaseRecord:
-    """What ``summary.json`` says of a phase."""
-
-    name: str
-    stack: int | None
-    steps: int
-    tokens: int = 0
-    flops: float = 0.0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    objective: str | None = None
-    validation_loss: float | None = None
-    bits_per_byte: float | None = None
-    trainable_parameters: int = 0
-    storage: dict[str, Any] | None = None
-    peak_memory_bytes: int | None = None
-    seconds: float = 0.0
-
-
-@dataclass
-class RunState:
-    """Where a run is. Everything but weights and moments; JSON in a checkpoint."""
-
-    step: int = 0
-    phase: int = 0
-    phase_step: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    records: list[PhaseRecord] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunState:
-        return cls(**{**data, "records": [PhaseRecord(**record) for record in data["records"]]})
 
 
 class Loop:

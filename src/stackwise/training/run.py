@@ -28,12 +28,13 @@ from stackwise.signals import stop_if_asked, stoppable
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore
 from stackwise.training.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
 from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
-from stackwise.training.loop import Loop, RunState
+from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.origin import check_origin, signature
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
+from stackwise.training.state import RunState, load_checkpoint
 
 TEXT = ("data.path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
@@ -71,7 +72,7 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     store = CheckpointStore(run.checkpoints)
     if not store.has_any():
         raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} goes on with its training")
-    checkpoint = store.load(step)
+    checkpoint = load_checkpoint(store, step)
     if step is None:
         _check_against_summary(run, checkpoint.step)
     check_config(checkpoint, config, run.config)
@@ -130,7 +131,7 @@ def resume_run(
     """
     run = RunDir.open(path)
     if run.is_complete() and step is None:
-        _check_against_summary(run, CheckpointStore(run.checkpoints).load().step)
+        _check_against_summary(run, load_checkpoint(CheckpointStore(run.checkpoints)).step)
         reporter.note(f"{path} is complete; nothing to do")
         return run.read_summary()
     with stoppable(_prospect(path)), run.lock():
@@ -213,7 +214,7 @@ def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | No
 def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
     training = config.training
     store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
-    checkpoint = store.load(step) if step is not None or store.has_any() else None
+    checkpoint = load_checkpoint(store, step) if step is not None or store.has_any() else None
     if checkpoint is not None and checkpoint.state["fingerprint"] == IMPORTED:
         raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
     if checkpoint is None:

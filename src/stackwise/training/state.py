@@ -1,0 +1,111 @@
+"""What a checkpoint says beside its tensors, and the check that it says something that a run can go on from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+
+from stackwise.config.messages import show
+from stackwise.config.schema import Fraction, Size
+from stackwise.growth.phases import AdapterKind, Precision
+from stackwise.training.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass
+class PhaseRecord:
+    """What ``summary.json`` says of a phase."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    stack: int | None
+    steps: int
+    tokens: NonNegativeInt = 0
+    flops: NonNegativeFloat = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    objective: str | None = None
+    validation_loss: float | None = None
+    bits_per_byte: float | None = None
+    trainable_parameters: int = 0
+    storage: dict[str, Any] | None = None
+    peak_memory_bytes: int | None = None
+    seconds: NonNegativeFloat = 0.0
+
+
+@dataclass
+class RunState:
+    """Where a run is. Everything but weights and moments; JSON in a checkpoint."""
+
+    __pydantic_config__ = _STRICT
+
+    step: NonNegativeInt = 0
+    phase: NonNegativeInt = 0
+    phase_step: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    flops: NonNegativeFloat = 0.0
+    seconds: NonNegativeFloat = 0.0
+    records: list[PhaseRecord] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunState:
+        return cls(**{**data, "records": [PhaseRecord(**record) for record in data["records"]]})
+
+
+class _AdapterState(BaseModel):
+    model_config = _STRICT
+
+    stack: NonNegativeInt
+    kind: AdapterKind
+    rank: Size
+    alpha: float
+    dropout: Fraction
+
+
+class _State(BaseModel):
+    """``fingerprint``, ``config``, ``tokenizer`` and ``data`` say whose the checkpoint is; the rest what it holds."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    fingerprint: str
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    data: dict[str, str] | None = None
+    stacks: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    precision: dict[str, Precision] = {}
+    adapters: list[_AdapterState] = []
+    run: RunState
+
+
+def load_checkpoint(store: CheckpointStore, step: int | None = None) -> Checkpoint:
+    """The checkpoint of ``step``, or the newest, of a run.
+
+    Raises:
+        CheckpointError: it cannot be read, or its state is nothing that a run ever saved.
+    """
+    checkpoint = store.load(step)
+    try:
+        state = _State.model_validate_json(json.dumps(checkpoint.state))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, problem = ".".join(map(str, first["loc"])), f"{show(first['input'])}: {first['msg']}"
+    else:
+        if len(set(state.stacks)) < len(state.stacks):
+            place, problem = "stacks", f"{show(state.stacks)}: a Stack is there twice"
+        elif state.run.step != checkpoint.step:
+            place, problem = "run.step", f"{state.run.step}, in the checkpoint of step {checkpoint.step}"
+        elif odd := [a.stack for a in state.adapters if a.stack not in state.stacks]:
+            place, problem = "adapters", f"there is no Stack {odd[0]}"
+        else:
+            return checkpoint
+    raise CheckpointError(
+        f"the checkpoint of step {checkpoint.step} in {store.folder} is no state of a run: {place} is {problem}"
+    )
