@@ -3,10 +3,13 @@
 import contextlib
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from stackwise.cli.main import main
+from stackwise.data.tokenizers import open_pretrained
 from stackwise.errors import UserError
 from stackwise.training import run as training_run
+from stackwise.training.loop import Loop
 from stackwise.training.rundir import RunDir
 
 CONFIG = (
@@ -48,3 +51,56 @@ def test_no_process_gets_hold_of_a_run_between_its_creation_and_its_training(tmp
     assert not held
     assert (code, (out / "summary.json").exists()) == ((0, True) if vocab_size == "null" else (2, False))
     assert out.exists() is (vocab_size == "null")
+
+
+def tokenizer_file(path, model):
+    library = Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.add_special_tokens(["</s>"])
+    library.save(str(path))
+    return ["data.tokenizer.kind=pretrained", f"data.tokenizer.path={path}"]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("too little to validate", "needs at least 12 validation tokens, but there are 9"),
+        ("nothing masked to validate", "no token is masked in the 1 windows"),
+        ("cache is a file", "the token store cannot be written: Not a directory (data.cache_dir"),
+        ("no token for unknown words", "data.tokenizer: it cannot encode the text"),
+        ("characters dropped", "data.tokenizer: it has no token for 'f'"),
+        ("larger than any machine", "a step of this run takes"),
+    ],
+)
+def test_what_is_known_before_training_is_said_before_it_and_leaves_nothing(tmp_path, capsys, monkeypatch, case, said):
+    config, out, text = tmp_path / "c.yaml", tmp_path / "run", tmp_path / "t.txt"
+    config.write_text(CONFIG.replace("TEXT", str(text)).replace("CACHE", str(tmp_path)))
+    text.write_text("a line of text\n" * 53)
+    masked = "training.progressive.training_objective=mlm"
+    more = {
+        "too little to validate": ["data.validation_fraction=0.01"],
+        "nothing masked to validate": [masked, "training.masking.rate=0.001", "data.validation_fraction=0.02"],
+        "cache is a file": [f"data.cache_dir={text}"],
+        "no token for unknown words": tokenizer_file(tmp_path / "a.json", models.WordLevel({"line": 0})),
+        "characters dropped": tokenizer_file(tmp_path / "b.json", models.BPE(dict(zip("alinetx", range(7))), [])),
+        "larger than any machine": ["model.d_model=2000000", "model.d_ff=4000000"],
+    }[case]
+
+    def never(*arguments):
+        raise AssertionError("it trains")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "train", never)
+        assert main(["train", str(config), "model.vocab_size=null", *more, "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+    assert main(["train", str(config), "model.vocab_size=null", "--out", str(out)]) == 0
+    assert (out / "summary.json").exists()
+
+
+def test_a_tokenizer_may_lose_what_its_normalizer_takes_away(tmp_path):
+    library = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    library.add_special_tokens(["[SEP]"])
+    library.save(str(tmp_path / "t.json"))
+    assert open_pretrained(tmp_path / "t.json").encode("\u200bAB\u0301 c\n").tolist() == [0, 1, 2]

@@ -380,7 +380,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, cache) -> None:
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="the token store cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="the token store cannot be written: Not a directory"):
         prepare(config(tmp_path / "a.txt", cache_dir=str(tmp_path / "file")))
 
 

@@ -70,6 +70,10 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the limit on the size of a file is reached",
 }
+_UNUSABLE = {
+    errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
+"""What a place answers that will never hold a store, whatever is done about the disk."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def prepare(
         check_key: called with the ``key`` of the data before a store of it is built; may raise.
 
     Raises:
-        UserError: the corpus or the tokenizer cannot be used.
+        UserError: the corpus, the tokenizer or the place of the store cannot be used.
         RunError: the disk is full, or a store is damaged.
     """
     report = _sparse(progress)
@@ -354,9 +358,8 @@ def _build(
 
 def _raise_unwritten(root: Path, error: OSError) -> NoReturn:
     problem = _FULL.get(error.errno or 0) or error.strerror or str(error)
-    raise RunError(
-        f"{root}: the token store cannot be written: {problem} (data.cache_dir sets another place)"
-    ) from error
+    kind = UserError if error.errno in _UNUSABLE else RunError
+    raise kind(f"{root}: the token store cannot be written: {problem} (data.cache_dir sets another place)") from error
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ class LibraryTokenizer(Tokenizer):
         library.add_special_tokens([token for token in roles if token not in _specials(library)])
         library.encode_special_tokens = True
         self._library = library
+        self._kept: set[str] = set()
         ids = [None if token is None else library.token_to_id(token) for token in (end, pad, mask)]
         assert ids[0] is not None
         self.end_id, self.pad_id, self.mask_id = ids[0], ids[1], ids[2]
@@ -196,7 +197,16 @@ class LibraryTokenizer(Tokenizer):
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # what the library raises for a text that it has no tokens for, only
+                raise
+            raise UserError(
+                f"data.tokenizer: it cannot encode the text ({error}); use one that knows all of it, as bytes does"
+            ) from None
+        if self.kind == "pretrained":
+            self._refuse_dropped("".join(texts))
         arrays = [np.array(e.ids, dtype=np.int64) for e in encoded]
         for array in arrays:
             special = np.isin(array, self._role_ids)
@@ -207,6 +217,17 @@ class LibraryTokenizer(Tokenizer):
                     "remove it from the text"
                 )
         return arrays
+
+    def _refuse_dropped(self, text: str) -> None:
+        """UserError where a character that the normalizer keeps becomes no token: such text would count for nothing."""
+        for character in sorted(set(text) - self._kept):
+            normal = self._library.normalizer.normalize_str(character) if self._library.normalizer else character
+            if not normal.isspace() and normal and not self._library.encode(character, add_special_tokens=False).ids:
+                raise UserError(
+                    f"data.tokenizer: it has no token for {character!r} (U+{ord(character):04X}) and drops it from the "
+                    "text; use one that knows all of it, as bytes does"
+                )
+            self._kept.add(character)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self._library.decode(_ids(ids).tolist(), skip_special_tokens=True)

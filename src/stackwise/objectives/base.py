@@ -128,6 +128,10 @@ class Objective(Protocol):
         """The example of a batch: a pure function of its tokens, epochs and sample ids."""
         ...
 
+    def evaluated(self, batch: Batch) -> Example:
+        """The example that ``score`` scores."""
+        ...
+
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
         """scale · Σ over the positions that count; differentiable."""
         ...

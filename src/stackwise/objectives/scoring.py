@@ -70,6 +70,22 @@ def predicted_share(tokens: np.ndarray, given: frozenset[int]) -> float:
     return 1 - free / len(tokens)
 
 
+def check_scorable(
+    objective: Objective, tokens: np.ndarray, *, seq_len: int, batch_size: int, max_tokens: int | None
+) -> None:
+    """Before anything is trained: UserError where ``validate`` would find no window, or no token to predict in any."""
+    starts = validation_windows(len(tokens), seq_len, max_tokens)
+    for first in range(0, len(starts), batch_size):
+        index = starts[first : first + batch_size]
+        if objective.evaluated(Batch(windows(tokens, index, seq_len), index, np.zeros_like(index))).n_targets:
+            return
+    raise UserError(_nothing_masked(len(starts)))
+
+
+def _nothing_masked(n_windows: int) -> str:
+    return f"no token is masked in the {n_windows} windows of text to score; give more text"
+
+
 @torch.no_grad()
 def validate(
     rack: Rack,
@@ -123,7 +139,7 @@ def _validation(
 ) -> Validation:
     nats, count = (np.concatenate([getattr(score, name) for score in scores]) for name in ("nats", "tokens"))
     if not count.sum():
-        raise UserError(f"no token is masked in the {len(np.unique(sequences))} windows to score; give more text")
+        raise UserError(_nothing_masked(len(np.unique(sequences))))
     loss = float(nats.sum() / count.sum())
     whole = objective.predicts_every_token
     nelbo = None

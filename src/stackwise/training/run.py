@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.schema import TrainingConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError
@@ -20,10 +21,10 @@ from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
 from stackwise.objectives import Objective, create_objective, create_objectives
-from stackwise.objectives.scoring import Validation, validate
+from stackwise.objectives.scoring import Validation, check_scorable, validate
 from stackwise.ops.precision import resolve_device
-from stackwise.planning.devices import peak_flops
-from stackwise.planning.plan import plan_phases
+from stackwise.planning.devices import available_memory, peak_flops
+from stackwise.planning.plan import Planned, plan_phases
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.training.checkpoints import Checkpoint, CheckpointStore
 from stackwise.training.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
@@ -229,6 +230,9 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
         f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
     )
+    objectives = create_objectives(config, data.tokenizer)
+    for objective in objectives.values():
+        check_scorable(objective, data.validation, **_windows_of(training))
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
@@ -237,11 +241,11 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
                 f"the tokenizer had no mask token, which {masks} needs: one is added, with the id "
                 f"{data.tokenizer.mask_id}, and a row to the embedding"
             )
-    objectives = create_objectives(config, data.tokenizer)
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
     planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
+    _refuse_if_too_large(planned)
     stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
@@ -300,6 +304,26 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     return summary
 
 
+def _refuse_if_too_large(planned: Planned) -> None:
+    """UserError when a step needs more than the device has, by more than a plan may err."""
+    there = available_memory(planned.device)
+    peak = max(cost.peak for cost in planned.costs)
+    if there is not None and peak > 1.1 * there:
+        raise UserError(
+            f"a step of this run takes {peak / 2**30:,.1f} GiB, and {planned.device.type} has {there / 2**30:,.1f} GiB "
+            "here; choose a smaller model, batch or seq_len (stackwise plan shows what takes it, and what fits)"
+        )
+
+
+def _windows_of(training: TrainingConfig) -> dict[str, Any]:
+    """Which windows of the validation text are scored, and how many at a time."""
+    return {
+        "seq_len": training.seq_len,
+        "batch_size": training.micro_batch_size or training.batch_size,
+        "max_tokens": training.evaluation.max_tokens,
+    }
+
+
 def _refuse_if_lost(run: RunDir, every_steps: int) -> None:
     """RunError when a run without a checkpoint has trained beyond its first one: nothing is begun anew over it."""
     records = run.read_metrics()
@@ -323,10 +347,8 @@ def validate_run(
         rack,
         objective or create_objective(config, data.tokenizer),
         data.validation,
-        seq_len=config.training.seq_len,
-        batch_size=config.training.micro_batch_size or config.training.batch_size,
+        **_windows_of(config.training),
         bytes_per_token=data.bytes_per_token,
-        max_tokens=config.training.evaluation.max_tokens,
         draws=config.training.evaluation.draws,
         compute_dtype=compute_dtype,
     )
