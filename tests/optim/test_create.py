@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackwise.config.schema import OptimizerConfig
 from stackwise.growth.adapters import add_adapter
@@ -117,14 +118,38 @@ def test_gradients_inside_the_backward_pass_never_exist_all_at_once():
     assert max(alive) < 0.5 * sum(p.numel() for p in model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_updates_nothing_of_its_parameter():
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_gradient_that_is_not_finite_updates_nothing_of_its_parameter(name):
     model = rack()
     before = model.norm.weight.detach().clone()
-    inside = InBackward(trained_parameters(model), settings("adamw"))
+    inside = InBackward(trained_parameters(model), settings(name))
     model.norm.weight.register_hook(lambda grad: grad * float("nan"))
     inside.start()
     backward(model, 0)
     assert not torch.isfinite(torch.tensor(inside.norm())) and torch.equal(model.norm.weight, before)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_adamw_inside_the_backward_pass_waits_for_the_device_at_the_norm_only():
+    model = rack()
+    inside = InBackward(trained_parameters(model), settings("adamw"))
+    for step in range(2):
+        inside.start()
+        with Waits() as waits:
+            backward(model, step)
+        assert waits.count == 0
+        with waits:
+            inside.norm()
+        assert waits.count == 1
 
 
 def test_muon_takes_the_matrices_of_stacks_and_adamw_the_rest():

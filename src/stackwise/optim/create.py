@@ -186,7 +186,10 @@ class InBackward:
             self.seen.add(name)
             square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
             self._squares.append(square)
-            if bool(torch.isfinite(square)):
+            if isinstance(optimizer, torch.optim.AdamW):  # the fused one looks on the device itself: no wait for it
+                optimizer.found_inf = torch.isfinite(square).logical_not_().float()  # type: ignore[attr-defined]
+                optimizer.step()
+            elif bool(torch.isfinite(square)):
                 optimizer.step()
             parameter.grad = None
 
