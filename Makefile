@@ -16,7 +16,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := no
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test slow kill lint picture clean
+.PHONY: help demo test slow kill gpu lint picture clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make slow      the proofs that take minutes"
 	@echo "make kill      500 kills and signals at random instants of every kind of work, in runs/kill (half an hour)"
+	@echo "make gpu       the tests that need a GPU, and a table of speed and memory"
 	@echo "make lint      formatter, linter and type checker"
 	@echo "make picture   draw the README's picture from $(OUT)"
 	@echo "make clean     remove .venv and caches (runs stay)"
@@ -41,6 +42,11 @@ slow: $(VENV)/.stamp-dev
 # What is in runs/kill is gone on with: remove it to begin anew.
 kill: $(VENV)/.stamp-dev
 	$(BIN)/python tests/kill/harness.py --out runs/kill $(ARGS)
+
+gpu: $(VENV)/.stamp-dev
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS) && $(BIN)/python benchmarks/gpu.py; \
+	else echo "make gpu: skipped, there is no GPU"; fi
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

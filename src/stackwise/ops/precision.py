@@ -11,13 +11,19 @@ from stackwise.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda, else mps, else cpu. Raises ``UserError`` for a device this machine lacks."""
+    """``auto`` is cuda, else mps, else cpu. Raises ``UserError`` for a device this machine lacks.
+
+    On cuda, fp32 products run in TF32 from here on: fp32's range, 10 bits of mantissa, several times as fast. That is
+    above bfloat16's 7 bits, which training stands; softmax, norms and losses stay in fp32.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
+        name = next(device for device, there in available.items() if there)
     if not available[name]:
         there = ", ".join(device for device, is_there in available.items() if is_there)
         raise UserError(f"training.device: {name} is not on this machine; there is: {there}")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
 
