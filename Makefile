@@ -16,7 +16,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := no
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test slow kill gpu lint picture clean
+.PHONY: help demo test slow hostile kill gpu lint picture clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make slow      the proofs that take minutes"
 	@echo "make kill      500 kills and signals at random instants of every kind of work, in runs/kill (half an hour)"
 	@echo "make gpu       the tests that need a GPU, and a table of speed and memory"
+	@echo "make hostile   some two thousand damaged and hostile inputs, each answered, none believed"
 	@echo "make lint      formatter, linter and type checker"
 	@echo "make picture   draw the README's picture from $(OUT)"
 	@echo "make clean     remove .venv and caches (runs stay)"
@@ -47,6 +48,9 @@ gpu: $(VENV)/.stamp-dev
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS) && $(BIN)/python benchmarks/gpu.py; \
 	else echo "make gpu: skipped, there is no GPU"; fi
+
+hostile: $(VENV)/.stamp-dev
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m hostile $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

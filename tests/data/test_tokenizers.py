@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -298,3 +299,20 @@ def test_a_damaged_tokenizer_is_refused(damage, tmp_path) -> None:
     with pytest.raises(RunError) as error:
         load_tokenizer(tmp_path / "t")
     assert str(tmp_path / "t") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_line_without_a_space_is_learned_from_in_pieces() -> None:
+    """The trainer is given words of at most a thousand characters, all of the text, and ordinary text as it is."""
+    from stackwise.data import tokenizers
+
+    ordinary = "the quick brown fox\n" * 400
+    assert list(tokenizers._in_words(ordinary)) == [ordinary]
+    mixed = "start " + "x" * 2503 + " middle " + "y" * 1001 + "\nend"
+    pieces = list(tokenizers._in_words(mixed))
+    assert "".join(pieces) == mixed
+    assert max(len(word) for piece in pieces for word in piece.split()) == 1000
+    long = "".join(chr(97 + (i * i + i // 7) % 23) for i in range(300_007))
+    start = time.process_time()
+    learned = tokenizers.train_bpe(iter([long]), 307)
+    assert time.process_time() - start < 5.0
+    assert learned.decode(learned.encode(long[:1500])) == long[:1500]

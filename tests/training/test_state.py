@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from stackwise.errors import RunError
 from stackwise.training.checkpoints import CheckpointError, CheckpointStore
-from stackwise.training.state import RunState, load_checkpoint
+from stackwise.training.rundir import RunDir
+from stackwise.training.state import RunState, load_checkpoint, read_summary
 
 STATE: dict[str, Any] = {
     "fingerprint": "f",
@@ -84,3 +86,26 @@ def test_an_object_whose_header_lies_is_damaged(tmp_path: Path, shape: object) -
     (tmp_path / "objects" / f"{name}.safetensors").write_bytes(lying)
     with pytest.raises(CheckpointError, match="damaged in part 'norm'"):
         load_checkpoint(store).part("norm")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("phases", 0, "steps"), []), (("phases", 0, "seconds"), "x"), (("phases",), {}), (("validation", "loss"), None)],
+)
+def test_a_summary_that_no_run_wrote_is_answered_by_one_line(
+    tmp_path: Path, place: tuple[Any, ...], value: object
+) -> None:
+    phase = {"name": "stack 0", "stack": 0, "steps": 7, "first_loss": 2.0, "last_loss": 1.0}
+    summary: dict[str, Any] = {
+        "phases": [phase], "validation": {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": None},
+    }  # fmt: skip
+    run = RunDir(tmp_path)
+    run.write_summary(summary)
+    assert read_summary(run) == summary
+    node: Any = summary
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    run.write_summary(summary)
+    with pytest.raises(RunError, match=r"summary\.json: no summary of a run: " + r"\.".join(map(str, place))):
+        read_summary(run)

@@ -35,7 +35,7 @@ from stackwise.training.origin import check_origin, signature
 from stackwise.training.progress import Reporter
 from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
-from stackwise.training.state import RunState, load_checkpoint
+from stackwise.training.state import RunState, load_checkpoint, read_summary
 
 TEXT = ("data.path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
@@ -134,7 +134,7 @@ def resume_run(
     if run.is_complete() and step is None:
         _check_against_summary(run, load_checkpoint(CheckpointStore(run.checkpoints)).step)
         reporter.note(f"{path} is complete; nothing to do")
-        return run.read_summary()
+        return read_summary(run)
     with stoppable(_prospect(path)), run.lock():
         config = StackWiseConfig.from_yaml(run.config)
         own = signature(config)

@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from stackwise.config.messages import show
 from stackwise.config.schema import Fraction, Size
+from stackwise.errors import RunError
 from stackwise.growth.phases import AdapterKind, Precision
 from stackwise.training.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+from stackwise.training.rundir import RunDir
 
+_TOLERANT = ConfigDict(strict=True, allow_inf_nan=False)
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -73,7 +76,7 @@ class _AdapterState(BaseModel):
 class _State(BaseModel):
     """``fingerprint``, ``config``, ``tokenizer`` and ``data`` say whose the checkpoint is; the rest what it holds."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = _TOLERANT
 
     fingerprint: str
     config: dict[str, Any] | None = None
@@ -83,6 +86,37 @@ class _State(BaseModel):
     precision: dict[str, Precision] = {}
     adapters: list[_AdapterState] = []
     run: RunState
+
+
+class _Validation(BaseModel):
+    model_config = _TOLERANT
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
+class _Summary(BaseModel):
+    model_config = _TOLERANT
+
+    phases: list[PhaseRecord]
+    validation: _Validation
+    nelbo: dict[str, Any] | None = None
+
+
+def read_summary(run: RunDir) -> dict[str, Any]:
+    """The summary of a complete run. UserError where it has none, RunError where that is none that a run wrote."""
+    summary = run.read_summary()
+    try:
+        _Summary.model_validate_json(json.dumps(summary))
+    except ValidationError as error:
+        raise RunError(f"{run.summary}: no summary of a run: {_first(error)}") from None
+    return summary
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))} is {show(first['input'])}: {first['msg']}"
 
 
 def load_checkpoint(store: CheckpointStore, step: int | None = None) -> Checkpoint:
@@ -95,17 +129,14 @@ def load_checkpoint(store: CheckpointStore, step: int | None = None) -> Checkpoi
     try:
         state = _State.model_validate_json(json.dumps(checkpoint.state))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place, problem = ".".join(map(str, first["loc"])), f"{show(first['input'])}: {first['msg']}"
+        problem = _first(error)
     else:
         if len(set(state.stacks)) < len(state.stacks):
-            place, problem = "stacks", f"{show(state.stacks)}: a Stack is there twice"
+            problem = f"stacks is {show(state.stacks)}: a Stack is there twice"
         elif state.run.step != checkpoint.step:
-            place, problem = "run.step", f"{state.run.step}, in the checkpoint of step {checkpoint.step}"
+            problem = f"run.step is {state.run.step}, in the checkpoint of step {checkpoint.step}"
         elif odd := [a.stack for a in state.adapters if a.stack not in state.stacks]:
-            place, problem = "adapters", f"there is no Stack {odd[0]}"
+            problem = f"adapters names Stack {odd[0]}, which is not there"
         else:
             return checkpoint
-    raise CheckpointError(
-        f"the checkpoint of step {checkpoint.step} in {store.folder} is no state of a run: {place} is {problem}"
-    )
+    raise CheckpointError(f"the checkpoint of step {checkpoint.step} in {store.folder} is no state of a run: {problem}")
