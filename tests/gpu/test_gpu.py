@@ -96,7 +96,7 @@ def test_attention_and_the_chunked_loss_agree_with_the_cpu():
     ],
     ids=lambda overrides: overrides[-1],
 )
-def test_a_run_trains_and_its_peak_is_planned(tmp_path, overrides):
+def test_a_run_trains_on_the_device(tmp_path, overrides):
     summary = train_run(config(tmp_path, *overrides), tmp_path / "run", SilentReporter())
     first, last = summary["phases"][0]["first_loss"], summary["phases"][-1]["last_loss"]
     assert last < first and summary["peak_memory_bytes"] > 0
