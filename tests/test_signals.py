@@ -12,9 +12,10 @@ import pytest
 
 from stackwise.cli.main import main
 from stackwise.data import store
-from stackwise.errors import StoppedBySignal
+from stackwise.errors import RunError, StoppedBySignal
 from stackwise.planning.cost import Ledger
 from stackwise.signals import stop_if_asked, stoppable
+from stackwise.training.activation_cache import ActivationCache
 from stackwise.training.loop import Loop
 
 CONFIG = """
@@ -62,6 +63,7 @@ def test_a_second_signal_ends_the_process_at_once_with_a_line(config: Path) -> N
     run = config.parent / "run"
     done = process(
         """
+from stackwise.training.activation_cache import ActivationCache
 from stackwise.training.loop import Loop
 def step(*_):
     os.kill(os.getpid(), signal.SIGINT)
@@ -163,3 +165,19 @@ def test_the_last_step_is_taken_before_a_signal_stops_the_run(
         assert main(["train", str(config), "--out", str(run)]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "stackwise: stopped by SIGINT after step 5; its checkpoint is saved"
+
+
+def test_a_cache_whose_last_step_was_taken_before_a_kill_is_deleted_by_the_resume(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config.parent / "run"
+
+    def killed(*_: object) -> None:
+        raise RunError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationCache, "clear", killed)
+        assert main(["train", str(config), "--recipe", "append-cached", "--out", str(run)]) == 1
+    assert list((run / "cache").glob("boundary-*"))
+    assert main(["resume", str(run)]) == 0
+    assert not list((run / "cache").glob("boundary-*"))

@@ -262,6 +262,8 @@ def names(work: Path) -> list[str]:
         relative = str(path.relative_to(work))
         if relative.startswith("another-"):
             continue
+        if relative == "cache/hashes" or (path.parent.name == "hashes" and not path.name.startswith(".")):
+            continue  # kept of texts that are some seconds old
         if path.parent.name == "checkpoints" and path.name.startswith("step-"):
             kept = sorted(path.parent.glob("step-*.json"))
             if len(kept) <= 2 and path != kept[-1]:

@@ -129,6 +129,8 @@ class Loop:
                 if state.phase_step < phase.steps:
                     with ExitStack() as of_phase:
                         self._run_phase(phase, stop, of_phase)
+                if phase.cached and not any(later.cached for later in self.phases[state.phase + 1 :]):
+                    self._cache_of(phase).clear()  # also of a phase whose last step a stopped process took
                 state.phase += 1
                 if state.phase < len(self.phases):
                     state.phase_step = 0
@@ -255,10 +257,6 @@ class Loop:
         following = self.phases[state.phase + 1 :]
         self._moments = moments_to_keep(moments_of(optimizer, parameters), following)
         self._inside = None
-        if phase.cached and not any(later.cached for later in following):
-            assert self.cache is not None
-            stack.close()
-            self.cache.clear()
         self.reporter.note(self._phase_end(record))
 
     def _step(
@@ -335,8 +333,7 @@ class Loop:
             cached = compute.prepared(cache, ids, progress)
         return PhaseExamples(self._of_phase[0], phase, state.phase_step, state.step, compute, cached)
 
-    def _cache(self, phase: Phase) -> tuple[ActivationCache, list[BoundaryId]]:
-        """The cache, and the boundaries 1 … ``enters`` of the Rack as it is."""
+    def _cache_of(self, phase: Phase) -> ActivationCache:
         training = self.config.training
         assert phase.examples is not None
         layout = BoundaryLayout(
@@ -347,6 +344,13 @@ class Loop:
             folder = Path() if self.run is None else self.run.cache
             self.cache = ActivationCache(folder, layout, limit_bytes=training.cache.max_bytes, in_memory=in_memory)
         assert self.cache.layout == layout, "phases that share a cache name the same examples"
+        return self.cache
+
+    def _cache(self, phase: Phase) -> tuple[ActivationCache, list[BoundaryId]]:
+        """The cache, and the boundaries 1 … ``enters`` of the Rack as it is."""
+        training, cache = self.config.training, self._cache_of(phase)
+        assert phase.examples is not None
+        layout = cache.layout
         upstream = [UpstreamPart(weights_sha256(self.rack.embedding.state_dict().items()), "full")]
         ids: list[BoundaryId] = []
         for stack in list(self.rack.stacks)[: phase.enters]:
@@ -365,7 +369,7 @@ class Loop:
                 layout=layout, compute_dtype=str(self.compute_dtype), device=self.device.type,
             )  # fmt: skip
             ids.append(BoundaryId(len(ids) + 1, key))
-        return self.cache, ids
+        return cache, ids
 
     def _recall(self, phase: Phase) -> None:
         """Brings back the Stacks that train in ``phase``, or change their storage, or are copied."""
