@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=12)
     parser.add_argument("--only", default="", help="cases whose group and name contain this")
-    parser.add_argument("--every", type=int, default=1, help="each so many cases")
+    parser.add_argument("--every", type=int, default=1, help="each so many cases (and every control)")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the cases")
     options = parser.parse_args()
     started = time.monotonic()
@@ -28,7 +28,8 @@ def main() -> int:
         base = prepare(work / "base")
         whole = state_of(base.folder)
         cases = [case for case in all_cases(base, options.seed) if options.only in f"{case.group} {case.name}"]
-        cases = cases[:: options.every]
+        controls = [case for case in cases if case.group == "control"]
+        cases = controls + [case for case in cases if case.group != "control"][:: options.every]
         print(f"{len(cases)} cases, seed {options.seed}", flush=True)
         failed = run(cases, work / "cases", lambda line: print(line, flush=True), options.keep)
         if state_of(base.folder) != whole:

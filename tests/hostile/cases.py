@@ -93,7 +93,11 @@ class Base:
 
 
 def prepare(folder: Path) -> Base:
-    """Makes the undamaged files in ``folder``, and the results that are right."""
+    """Makes the undamaged files in ``folder``, and the results that are right.
+
+    All cases have the key of the user who made them, so that the runs are that user's own.
+    """
+    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     draw = random.Random(5)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(150)]
     (folder / "texts").mkdir(parents=True)
@@ -710,9 +714,18 @@ def size_cases(base: Base) -> Iterator[Case]:
         yield Case(f"one line of {len(long)} bytes, {kind}", "size", build, arguments, frozenset((0, 2)))
 
 
+def control_cases(base: Base) -> Iterator[Case]:
+    """Each command on undamaged files: were it refused, its damaged cases would say nothing."""
+    everything = _with(base, "c.yaml", "texts", "run", "half", "hf")
+    for command, result in RESULTS.items():
+        yield Case(command[0], "control", everything, command, frozenset((0,)), base.results[command], result)
+    yield Case("import", "control", everything, IMPORT, frozenset((0,)))
+
+
 def all_cases(base: Base, seed: int) -> list[Case]:
     draw = random.Random(seed)
     groups = (
+        control_cases(base),
         config_cases(base, draw, 700),
         yaml_cases(base, draw, 120),
         data_cases(base, draw, 80),
