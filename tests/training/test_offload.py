@@ -3,6 +3,8 @@
 import gc
 import threading
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +153,58 @@ def test_an_error_while_reading_ahead_reaches_the_step_that_needs_it_and_is_told
     model.zero_grad(set_to_none=True)
     assert torch.equal(step(model)[0], step(rack())[0])
     offload.close()
+
+
+class Recorder:
+    """Stands for the streams of a GPU, and writes down what is asked of them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def stream(self, device):
+        recorder = self
+
+        class Stream:
+            def record_event(self):
+                recorder.calls.append("copied")
+                return "event"
+
+        return Stream()
+
+    @contextmanager
+    def using(self, stream):
+        self.calls.append("begin")
+        yield
+        self.calls.append("end")
+
+    def current(self, device):
+        return SimpleNamespace(wait_event=lambda event: self.calls.append(f"wait for {event}"))
+
+
+def test_on_cuda_a_copy_has_a_stream_of_its_own_that_computing_waits_for(monkeypatch):
+    """Tensors that stand for those of the host: page-locked first, then copied without waiting, then used."""
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "Stream", recorder.stream)
+    monkeypatch.setattr(torch.cuda, "stream", recorder.using)
+    monkeypatch.setattr(torch.cuda, "current_stream", recorder.current)
+
+    class OnDevice:
+        def record_stream(self, stream):
+            recorder.calls.append("in use")
+
+    class Locked:
+        def to(self, device, non_blocking):
+            recorder.calls.append(f"copy to {device.type}, waiting: {not non_blocking}")
+            return OnDevice()
+
+    class OnHost:
+        def pin_memory(self):
+            recorder.calls.append("lock")
+            return Locked()
+
+    offload = Offload(torch.device("cuda"))
+    brought = offload._brought(lambda: {"weight": OnHost()})
+    assert recorder.calls == ["begin", "lock", "copy to cuda, waiting: False", "copied", "end"]
+    recorder.calls.clear()
+    assert set(offload._ready(brought)) == {"weight"}
+    assert recorder.calls == ["wait for event", "in use"]

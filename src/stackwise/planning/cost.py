@@ -491,9 +491,7 @@ class PhaseCoster:
         elsewhere = self._embedding_bytes() if phase.cached and self.device != "cpu" else 0
         micro_batches = training.batch_size // self._micro
         resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest_away - elsewhere
-        # A second Stack is read ahead, into the host's memory: that is the device's on a CPU.
-        ahead = 1 if self.device == "cpu" else 0
-        peak = cost.peak - cost.weights + resident + ahead * largest_away
+        peak = cost.peak - cost.weights + resident + largest_away  # a second Stack is on its way
         batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
         cached = phase.cached
         below = [facts.flops * micro_batches for facts in before]
@@ -507,12 +505,12 @@ class PhaseCoster:
             )
             below = [decode] if cached else [*below, (encode + decode) * phase.enters]
         if cached:
-            peak += READ_AHEAD * batch * ahead
+            peak += READ_AHEAD * batch * (self.device == "cpu")
             rolling = max(facts.bytes + facts.transient for facts in before)
             peak = max(peak, resident + cost.optimizer + rolling)
         elif before:
             # Where the Stacks before are in use, the rest holds nothing but its weights and moments.
-            transient = max(facts.transient for facts in before) + sum(streamed[-1 - ahead :])
+            transient = max(facts.transient for facts in before) + sum(streamed[-2:])
             peak = max(peak, resident + cost.optimizer + cost.gradients * (micro_batches > 1) + transient)
             peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
         host = 0

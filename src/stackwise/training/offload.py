@@ -1,7 +1,8 @@
 """Stacks whose weights wait off the device, and come one at a time.
 
 A Stack that is *away* keeps its adapters; its other tensors are on the meta device and are fetched for a forward pass
-(and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next.
+(and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next, and on
+cuda copies it to the device from page-locked memory, on a stream of its own beside the stream that computes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from stackwise.model.rack import ADAPTERS, Rack, Stack
 
 Source = Callable[[], Mapping[str, Tensor]]
 
+_Brought = tuple[dict[str, Tensor], "torch.cuda.Event | None"]
+"""Tensors on the device, and the end of their copy, which the stream that computes must wait for."""
+
 
 class Offload:
     """The Stacks that are away from ``device``, and where their tensors are.
@@ -29,7 +33,8 @@ class Offload:
         self.device = device
         self._sources: dict[int, Source] = {}
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, Future[Mapping[str, Tensor]]] | None = None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[int, Future[_Brought]] | None = None
         self._last: tuple[int | None, int | None] = (None, None)
         self._follows: dict[tuple[int | None, int | None], int] = {}
 
@@ -51,7 +56,7 @@ class Offload:
             return
         self._forget()
         stack.fetch = None
-        fill_tensors(stack, self._moved(source()))
+        fill_tensors(stack, self._ready(self._brought(source)))
 
     @contextmanager
     def holding(self, stack: Stack) -> Iterator[None]:
@@ -73,8 +78,25 @@ class Offload:
             self._reader.shutdown(wait=True)
         self._reader = None
 
-    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+    def _brought(self, source: Source) -> _Brought:
+        """Reads a Stack and copies it to the device."""
+        tensors = source()
+        if self._copies is None:
+            return {name: tensor.to(self.device) for name, tensor in tensors.items()}, None
+        with torch.cuda.stream(self._copies):
+            # Only from page-locked memory does a copy run beside what computes; what is locked already stays as it is.
+            moved = {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in tensors.items()}
+            return moved, self._copies.record_event()
+
+    def _ready(self, brought: _Brought) -> dict[str, Tensor]:
+        """The tensors, for the stream that computes."""
+        tensors, copied = brought
+        if copied is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(copied)
+            for tensor in tensors.values():
+                tensor.record_stream(computing)  # else the next copy could take their memory while they are in use
+        return tensors
 
     def _forget(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -84,10 +106,10 @@ class Offload:
     def _fetch(self, stack: int) -> dict[str, Tensor]:
         if self._ahead is not None and self._ahead[0] == stack:
             future, self._ahead = self._ahead[1], None
-            tensors = future.result()
+            brought = future.result()
         else:
             self._forget()
-            tensors = self._sources[stack]()
+            brought = self._brought(self._sources[stack])
         self._follows[self._last] = stack
         self._last = (self._last[1], stack)
         following = self._follows.get(self._last)
@@ -95,8 +117,8 @@ class Offload:
             assert following is not None
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="offload")
-            self._ahead = (following, self._reader.submit(self._sources[following]))
-        return self._moved(tensors)
+            self._ahead = (following, self._reader.submit(self._brought, self._sources[following]))
+        return self._ready(brought)
 
 
 def drop_tensors(module: nn.Module) -> None:
