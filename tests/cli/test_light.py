@@ -128,20 +128,27 @@ def test_a_bad_config_ends_the_real_process_with_exit_code_2(tmp_path: Path) -> 
     ids=lambda value: type(value).__name__,
 )
 def test_each_way_to_end_has_its_exit_code_and_one_line(
-    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(StackWiseConfig, "from_yaml", fail)
-    assert main(["plan", "c.yaml"]) == code
+    (tmp_path / "c.yaml").write_text("{}")
+    monkeypatch.setattr(StackWiseConfig, "from_dict", fail)
+    assert main(["plan", str(tmp_path / "c.yaml")]) == code
     assert capsys.readouterr() == ("", f"stackwise: {line}\n")
 
 
-def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StackWiseConfig, "from_yaml", lambda *_: {}["no such key"])
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    monkeypatch.setattr(StackWiseConfig, "from_dict", lambda *_: {}["no such key"])
     with pytest.raises(KeyError):
-        main(["plan", "c.yaml"])
+        main(["plan", str(tmp_path / "c.yaml")])
 
 
 def test_an_old_key_is_one_note_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +162,9 @@ def test_an_old_key_is_one_note_on_stderr(tmp_path: Path, capsys: pytest.Capture
     assert error.startswith(f"stackwise: {file}: data.path:")
 
 
-def test_deprecations_of_other_packages_are_not_for_the_user() -> None:
+def test_deprecations_of_other_packages_are_not_for_the_user(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("{}")
     done = python(
         """
 import warnings
@@ -166,11 +175,11 @@ def read(*_):
     for category in (DeprecationWarning, OldKeyWarning, OldKeyWarning):
         warnings.warn_explicit(category.__name__, category, "elsewhere.py", 1, module="elsewhere")
     raise SystemExit(0)
-StackWiseConfig.from_yaml = read
+StackWiseConfig.from_dict = read
 run()
 """,
         "plan",
-        "c.yaml",
+        str(config),
     )
     assert done.stderr == "stackwise: note: OldKeyWarning\n"
 

@@ -20,7 +20,9 @@ def evaluate(
     trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """Score RUN on its validation text, which must be unchanged, or on other text, by the tokenizer of the run.
+    """Score RUN on its validation text, or on other text.
+
+    The validation text must be the one that the run was trained with; other text is read by the run's tokenizer.
 
     Bits per byte are those of all predicted tokens over the bytes of the text; "given" counts what is not predicted.
     """

@@ -18,6 +18,7 @@ from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.reading import read_object
 from stackwise.signals import stop_if_asked
+from stackwise.training.origin import signature
 from stackwise.training.run import write_untrained_run
 
 
@@ -214,7 +215,7 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in rack.parts()}
     for part, name, tensor in rack.part_tensors():
         parts[part][name] = tensor.detach()
-    write_untrained_run(out, config, tokenizer, parts, list(range(n_stacks)))
+    write_untrained_run(out, config, tokenizer, parts, list(range(n_stacks)), origin=signature(config))
     return {
         "family": family.architecture,
         "stacks": n_stacks,

@@ -9,6 +9,7 @@ from typing import Any
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.training.checkpoints import weights_sha256
+from stackwise.training.origin import origin_of
 from stackwise.training.run import LoadedRun, load, write_untrained_run
 from stackwise.training.rundir import RunDir
 
@@ -58,7 +59,7 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     config = StackWiseConfig.from_dict(settings)
     of_first = loaded[experts[0]]
     data = of_first.checkpoint.state.get("data")
-    write_untrained_run(out, config, of_first.tokenizer, tensors, sorted(wanted), data, RunDir(experts[0]).origin)
+    write_untrained_run(out, config, of_first.tokenizer, tensors, sorted(wanted), data, origin_of(RunDir(experts[0])))
     return {"stacks": len(wanted), "parameters": sum(t.numel() for named in tensors.values() for t in named.values())}
 
 

@@ -70,13 +70,17 @@ def _is_inside(folder: Path, name: str) -> bool:
     return Path(os.path.realpath(os.path.expanduser(name))).is_relative_to(os.path.realpath(folder))
 
 
-def _is_own(run: RunDir, config: StackWiseConfig) -> bool:
+def origin_of(run: RunDir) -> str | None:
+    """The signature that ``run`` carries, whether it is this user's or not."""
     try:
-        found = run.origin.read_text(encoding="ascii", errors="replace").strip()
+        return run.origin.read_text(encoding="ascii", errors="replace").strip()[: 2 * hashlib.sha256().digest_size]
     except OSError:
-        return False
-    own = signature(config)
-    return own is not None and hmac.compare_digest(found.encode(), own.encode())
+        return None
+
+
+def _is_own(run: RunDir, config: StackWiseConfig) -> bool:
+    found, own = origin_of(run), signature(config)
+    return found is not None and own is not None and hmac.compare_digest(found.encode(), own.encode())
 
 
 def _key() -> bytes | None:

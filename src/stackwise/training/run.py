@@ -156,13 +156,13 @@ def write_untrained_run(
     parts: Mapping[str, Mapping[str, Tensor]],
     stacks: Sequence[int],
     data: dict[str, str] | None = None,
-    origin: Path | None = None,
+    origin: str | None = None,
 ) -> None:
     """Writes weights that came from elsewhere as the new run ``out``, whole or not at all.
 
     Args:
         data: what a checkpoint keeps of the text that they were trained on, where it is the one that ``config`` names.
-        origin: the signature of a run whose paths ``config`` has: they are this user's where that run's were.
+        origin: what ``RUN/.origin`` holds; None leaves the run unsigned.
 
     Raises:
         UserError: something is there. RunError: it cannot be written.
@@ -171,8 +171,8 @@ def write_untrained_run(
         with scratch_folder(out.parent, out.name) as scratch:
             run = RunDir(scratch)
             write_text_atomic(run.config, config.to_yaml())
-            if origin is not None and origin.is_file():
-                write_text_atomic(run.origin, origin.read_text(encoding="ascii", errors="replace")[:64])
+            if origin is not None:
+                write_text_atomic(run.origin, origin)
             tokenizer.save(run.tokenizer)
             whose = identity(config, tokenizer, None) | {"data": data}
             state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
@@ -231,8 +231,6 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
     )
     objectives = create_objectives(config, data.tokenizer)
-    for objective in objectives.values():
-        check_scorable(objective, data.validation, **_windows_of(training))
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
@@ -246,6 +244,8 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     present = () if initial is None else tuple(initial.state["stacks"])
     planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
     _refuse_if_too_large(planned)
+    for name, noise in dict.fromkeys((phase.objective or training.objective, phase.noise) for phase in planned.phases):
+        check_scorable(objectives[name].during(noise), data.validation, **_windows_of(training))
     stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
