@@ -1,5 +1,6 @@
 """What a config file may say, and the one line that answers what it may not."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -439,3 +440,15 @@ def test_what_a_first_entry_says_of_a_trunk_is_of_none() -> None:
     assert StackWiseConfig.from_dict(tied).model.tie_embeddings
     cached = {"strategy": "phases", "phases": [{"add": 1}, {"add": "each", "trunk": "frozen"}]}
     StackWiseConfig.from_dict({"training": {**cached, "progressive": {"cache_activations": True}}})
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml: a named pipe, which would be waited for; give a file$"):
+        StackWiseConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_a_long_list_of_paths_does_not_make_a_long_message():
+    with pytest.raises(ConfigError, match="is not read when source is python-stdlib") as refused:
+        StackWiseConfig.from_dict({"data": {"path": ["x"] * 30_000}})
+    assert len(str(refused.value)) < 200

@@ -316,3 +316,17 @@ def test_a_line_without_a_space_is_learned_from_in_pieces() -> None:
     learned = tokenizers.train_bpe(iter([long]), 307)
     assert time.process_time() - start < 5.0
     assert learned.decode(learned.encode(long[:1500])) == long[:1500]
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_an_id_beyond_every_vocabulary_is_refused_before_the_library_makes_a_table_for_it(tmp_path, place):
+    file = tmp_path / "tokenizer.json"
+    Library(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a")).save(str(file))
+    description = json.loads(file.read_text())
+    if place == "vocab":
+        description["model"]["vocab"]["a"] = 2**31
+    else:
+        description["added_tokens"] = [{"id": 2**31, "content": "b", "special": False}]
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"the id 2147483648; ids go up to 16777215"):
+        open_pretrained(file)

@@ -389,7 +389,7 @@ def data_cases(base: Base, draw: random.Random, n: int) -> Iterator[Case]:
         if path.strip():
             yield Case(f"--data {path!r}", "data", build, ("eval", "run", "--data", path), frozenset((0, 1, 2)))
             yield Case(f"config {path!r}", "data", build, ("plan", path), frozenset((0, 1, 2)))
-            yield Case(f"run {path!r}", "data", build, ("eval", path), frozenset((1, 2)))
+            yield Case(f"run {path!r}", "data", build, ("eval", path), frozenset((0,) if path == "run" else (1, 2)))
             yield Case(f"--out {path!r}", "data", build, ("train", "c.yaml", "--out", path), frozenset((0, 1, 2)))
             yield Case(
                 f"data.cache_dir={path!r}", "data", build, (*TRAIN, f"data.cache_dir={path}"), frozenset((0, 1, 2)),

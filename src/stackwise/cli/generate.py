@@ -17,10 +17,14 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", help="Text to go on from (default: the start of a document); repeat it for several"),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to generate at most, for each prompt")] = 200,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, max=1 << 24, help="Tokens to generate at most, for each prompt")
+    ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="clm: draw among so many tokens")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, max=1 << 24, help="clm: draw among so many tokens")
+    ] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")
     ] = None,

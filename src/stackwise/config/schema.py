@@ -7,6 +7,7 @@ The description of a field is its documentation: ``stackwise init`` writes it as
 from __future__ import annotations
 
 import math
+import reprlib
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -929,7 +930,9 @@ class TokenizerConfig(Section):
         if self.kind == "pretrained" and self.path is None:
             raise conflict("path", "must name a tokenizer.json or a folder when kind is pretrained")
         if self.kind != "pretrained" and self.path is not None:
-            raise conflict("path", f"{self.path!r} is only read when kind is pretrained (kind is {self.kind})")
+            raise conflict(
+                "path", f"{reprlib.repr(self.path)} is only read when kind is pretrained (kind is {self.kind})"
+            )
         return self
 
 
@@ -960,7 +963,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.source == "python-stdlib" and self.path is not None:
-            raise conflict("path", f"{self.path!r} is not read when source is python-stdlib; set data.source: files")
+            raise conflict(
+                "path", f"{reprlib.repr(self.path)} is not read when source is python-stdlib; set data.source: files"
+            )
         if self.source != "python-stdlib" and not self.path:
             raise conflict("path", f"must be set when source is {self.source}")
         if self.source == "huggingface" and not isinstance(self.path, str):

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Library
 
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
-from stackwise.reading import from_home, read_object
+from stackwise.reading import JSONError, from_home, parse_json, read_object
 
 BUILT_IN_SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
 """The special tokens of every kind but pretrained; they have the ids 0, 1 and 2."""
@@ -379,6 +379,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
+_MAX_VOCAB = 1 << 24
+"""Of a tokenizer: as many as ``model.vocab_size`` may have."""
+
+
+def _check_ids(text: str, key: str) -> None:
+    """UserError for an id that no vocabulary has: the library makes a table up to the largest one, and aborts."""
+    try:
+        description = parse_json(text, foreign_fields=True)
+    except JSONError as error:
+        raise UserError(f"{key}: not a tokenizer.json ({error})") from None
+    model, added = (
+        description.get(name) if isinstance(description, dict) else None for name in ("model", "added_tokens")
+    )
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest >= _MAX_VOCAB:
+        raise UserError(f"{key}: not a tokenizer.json (a token has the id {largest}; ids go up to {_MAX_VOCAB - 1})")
+
+
 def _read_library(file: Path, key: str) -> Library:
     try:
         text = file.read_text(encoding="utf-8")
@@ -386,6 +407,7 @@ def _read_library(file: Path, key: str) -> Library:
         raise UserError(f"{key}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{key}: not a tokenizer.json: it is not UTF-8 text") from None
+    _check_ids(text, key)
     try:
         return Library.from_str(text)
     except Exception as error:
