@@ -136,6 +136,7 @@ def test_a_signal_while_text_is_prepared_leaves_no_token_store(
 
 
 def test_signals_go_back_to_who_had_them() -> None:
+    had = signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
     before = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
     with stoppable("there is more") as outer, stoppable() as inner:
         assert inner is outer and not outer
@@ -148,6 +149,7 @@ def test_signals_go_back_to_who_had_them() -> None:
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == before
     stop_if_asked()
+    signal.signal(signal.SIGINT, had)
 
 
 def test_the_last_step_is_taken_before_a_signal_stops_the_run(
