@@ -157,7 +157,7 @@ class InBackward:
 
     While ``armed``, a hook on each parameter takes its step; before the last micro-batch gradients only add up. What
     that one does not reach (with depth as time its rows need not pass every Stack) takes its step after it. A gradient
-    that is not finite updates nothing; ``norm`` then is not finite either.
+    that is not finite counts as zero, so that weights and moments stay finite; ``norm`` then is not finite.
 
     Args:
         parameters, settings, seed: as for ``create_optimizer``; every parameter gets an optimizer of its own.
@@ -186,11 +186,9 @@ class InBackward:
             self.seen.add(name)
             square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
             self._squares.append(square)
-            if isinstance(optimizer, torch.optim.AdamW):  # the fused one looks on the device itself: no wait for it
-                optimizer.found_inf = torch.isfinite(square).logical_not_().float()  # type: ignore[attr-defined]
-                optimizer.step()
-            elif bool(torch.isfinite(square)):
-                optimizer.step()
+            # Decided on the device: to ask here would be to wait for it, once for each parameter.
+            parameter.grad.masked_fill_(torch.isfinite(square).logical_not_(), 0.0)
+            optimizer.step()
             parameter.grad = None
 
         return update
