@@ -178,7 +178,12 @@ CASES: dict[str, Case] = {
     ),
     "window": Case("local attention, QK-norm", ("model.window=7", "model.qk_norm=true", *_ONE)),
     # from another run
-    "from-run": Case("Stacks on the model of another run", recipe="append-frozen", start="end-to-end"),
+    "from-run": Case(
+        "a Stack on the model of another run",
+        ("training.progressive.target_stacks=4",),
+        recipe="append-frozen",
+        start="end-to-end",
+    ),
 }
 
 PYTHON_CASES = ("classification", "custom-targets")
