@@ -31,10 +31,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stackwise.growth.rack_builder import zero_residual_outputs
 from stackwise.model.architecture import Block, BlockSpec
+from stackwise.model.block import Blocks
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.initialisation import init_weights
 from stackwise.model.layers import MLGKALayer, never_trained
-from stackwise.model.rack import Blocks
 from stackwise.model.spec import AttentionMode
 
 PAD, UNKNOWN = 0, 1

@@ -19,7 +19,8 @@ from stackwise.files import write_text_atomic
 from stackwise.growth.phases import Adapter, AdapterKind
 from stackwise.model.initialisation import generator
 from stackwise.model.linear import LowRank, linears
-from stackwise.model.rack import Rack, Stack
+from stackwise.model.rack import Rack
+from stackwise.model.stack import Stack
 from stackwise.model.weights import load_weights, save_weights
 from stackwise.reading import read_object
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from stackwise.model.linear import linears
-from stackwise.model.rack import ADAPTERS, Rack, Stack
+from stackwise.model.rack import Rack
+from stackwise.model.stack import ADAPTERS, Stack
 from stackwise.ops.storage import PRECISIONS, Precision
 
 TRAINABLE: tuple[Precision, ...] = ("full", "bfloat16")

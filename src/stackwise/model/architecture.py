@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.model.block import Block, Blocks
 from stackwise.model.initialisation import init_weights
 from stackwise.model.lexical import LexicalKernelManager, resolve_family
-from stackwise.model.rack import Block, Blocks, Rack, Stack, Stacks
+from stackwise.model.rack import Rack
 from stackwise.model.spec import AttentionMode, BlockSpec, RackSpec
+from stackwise.model.stack import Stack, Stacks
 
 __all__ = [
     "Block",

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from stackwise.model.block import Block, Blocks
 from stackwise.model.cache import positions_of
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.initialisation import init_weights
-from stackwise.model.rack import Block, Blocks
 
 
 class SequenceClassifier(nn.Module):

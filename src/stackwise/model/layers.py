@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from stackwise.model.block import Block
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.feed_forward import GeGLUFFN, PlainFFN, SwiGLUFFN
 from stackwise.model.initialisation import init_weights
 from stackwise.model.lexical import LexicalKernelManager
-from stackwise.model.rack import Block
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 
 __all__ = [

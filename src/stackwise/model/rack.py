@@ -1,191 +1,22 @@
-"""Block, Stack and Rack.
+"""Rack: the whole model.
 
 B batch, T tokens, C width (``d_model``), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
-from stackwise.model.attention.core import CoreAttention
-from stackwise.model.cache import KVCache, LayerCache, positions_of
+from stackwise.model.block import Block, RopeTables
+from stackwise.model.cache import KVCache, positions_of
 from stackwise.model.embedding import Head, TimeEmbedding, TokenEmbedding
-from stackwise.model.feed_forward import create_feed_forward
 from stackwise.model.norms import create_norm
-from stackwise.model.spec import AttentionMode, BlockSpec, RackSpec
+from stackwise.model.spec import AttentionMode, RackSpec
+from stackwise.model.stack import ADAPTERS, Stack, Stacks
 from stackwise.ops.rope import rope_rows, rope_table
-
-ADAPTERS = ".adapters."
-"""In the names of low-rank factors; they are parts of their own, ``adapters.<id>``, beside their Stack's."""
-
-RopeTables = Mapping[tuple[int, float], tuple[Tensor, Tensor]]
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
-
-    def __init__(self, spec: BlockSpec) -> None:
-        super().__init__()
-        self._spec = spec
-        norm = (spec.norm, spec.d_model, spec.norm_eps, spec.norm_bias)
-        self.attention_norm = create_norm(*norm) if spec.attention_norm else nn.Identity()
-        self.attention = CoreAttention.from_spec(spec)
-        self.ffn_norm = create_norm(*norm)
-        self.ffn = create_feed_forward(spec.ffn, spec.d_model, spec.d_ff, spec.freeze_up_proj, spec.bias)
-        self.dropout = spec.dropout
-        self.modulation = None if spec.time_dim is None else nn.Linear(spec.time_dim, 6 * spec.d_model)
-
-    @property
-    def spec(self) -> BlockSpec:
-        """What the Block is, in numbers."""
-        return replace(self._spec, attention_mode=self.attention.attention_mode)
-
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        rope: RopeTables | None = None,
-        cache: LayerCache | None = None,
-        seen: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) → (B, T, C).
-
-        ``condition`` (B, ``time_dim``) scales and shifts what each norm returns, and scales each residual branch, by
-        1 + s and 0 + b with s and b from a linear layer that starts at zero (after DiT's adaLN, 2212.09748 §3.2).
-        """
-        table = rope[self.attention.rope_key] if rope is not None and self.attention.rope_key else None
-        h = self.attention_norm(x)
-        if self.modulation is None:
-            update = self.attention(_for_products(h), attention_mask, rope=table, cache=cache, seen=seen)
-            x = x + F.dropout(update, self.dropout, self.training)
-            return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
-        if condition is None:
-            raise ValueError("the Blocks are conditioned on the noise level; give time")
-        scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = (
-            self.modulation(F.silu(condition))[:, None].to(x.dtype).chunk(6, dim=-1)
-        )
-        h = _for_products(h * (1 + scale) + shift)
-        update = (1 + gate) * self.attention(h, attention_mask, rope=table, cache=cache, seen=seen)
-        x = x + F.dropout(update, self.dropout, self.training)
-        h = _for_products(self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift)
-        return x + F.dropout((1 + ffn_gate) * self.ffn(h), self.dropout, self.training)
-
-
-def _for_products(x: Tensor) -> Tensor:
-    """``x`` in the dtype of matrix products, once: under autocast each of several would make and keep its own copy."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-class Blocks(nn.ModuleList):
-    """A ``ModuleList`` that type checkers know to hold Blocks."""
-
-    def __iter__(self) -> Iterator[Block]:
-        return super().__iter__()  # type: ignore[return-value]
-
-
-class Stack(nn.Module):
-    """A run of Blocks: the unit of growth, freezing, checkpointing and caching.
-
-    Args:
-        stack_id: its name for life, whatever its position becomes.
-        blocks: the Blocks, first to last.
-    """
-
-    def __init__(self, stack_id: int, blocks: Sequence[Block]) -> None:
-        super().__init__()
-        self.stack_id = stack_id
-        self.blocks = Blocks(blocks)
-        self.activation_checkpointing = False
-        self.fetch: Callable[[], Mapping[str, Tensor]] | None = None
-        """Gives the tensors of a Stack whose own are elsewhere (on the meta device), for as long as they are used."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        rope: RopeTables | None = None,
-        caches: Sequence[LayerCache] | None = None,
-        seen: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only.
-
-        A Stack that is elsewhere is fetched for the forward pass and again for the backward pass, which recomputes it.
-        """
-        rest = (attention_mask, rope, caches, seen, condition)  # without x, which must be free to go
-        if self.fetch is None:
-            return self._run(x, *rest)
-        if caches is None and _has_gradients(self, x, condition):
-            return checkpoint(self._run_fetched, x, *rest, use_reentrant=False)
-        return self._run_fetched(x, *rest)
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Name → tensor of all that is the Stack's own: everything but its adapters."""
-        named = self.state_dict(keep_vars=True).items()
-        return {name: tensor.detach() for name, tensor in named if ADAPTERS not in name}
-
-    def adapter_tensors(self, kind: str) -> dict[str, Tensor]:
-        """Name → factor of the Stack's adapters of one kind."""
-        named = self.state_dict(keep_vars=True).items()
-        return {name: tensor.detach() for name, tensor in named if f"{ADAPTERS}{kind}." in name}
-
-    def _run_fetched(self, *inputs: Any) -> Tensor:
-        assert self.fetch is not None
-        tensors = {f"stack.{name}": tensor for name, tensor in self.fetch().items()}
-        return functional_call(_Run(self), tensors, inputs)
-
-    def _run(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        rope: RopeTables | None,
-        caches: Sequence[LayerCache] | None,
-        seen: Tensor | None,
-        condition: Tensor | None,
-    ) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            rest = (attention_mask, rope, None if caches is None else caches[i], seen, condition)
-            # A Stack that was fetched is recomputed as a whole already.
-            again = self.activation_checkpointing and self.fetch is None and caches is None
-            if again and _has_gradients(block, x, condition):
-                x = checkpoint(block, x, *rest, use_reentrant=False)
-            else:
-                x = block(x, *rest)
-        return x
-
-
-def _has_gradients(module: nn.Module, *inputs: Tensor | None) -> bool:
-    """Whether a backward pass goes through ``module``: else nothing of it is kept, and nothing is to be recomputed."""
-    tensors = (*inputs, *module.parameters())
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-class _Run(nn.Module):
-    """Calls a Stack's own pass as a module, as ``functional_call`` needs it."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__()
-        self.stack = stack
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.stack._run(*args)
-
-
-class Stacks(nn.ModuleList):
-    """A ``ModuleList`` that type checkers know to hold Stacks."""
-
-    def __iter__(self) -> Iterator[Stack]:
-        return super().__iter__()  # type: ignore[return-value]
 
 
 class Rack(nn.Module):

@@ -25,8 +25,8 @@ from stackwise.growth.phases import Adapter, Phase, Precision
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
+from stackwise.model.block import Block
 from stackwise.model.linear import LowRank, linears
-from stackwise.model.rack import Block
 from stackwise.model.spec import BlockSpec
 from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.depth import levels_of

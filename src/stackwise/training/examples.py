@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.growth.phases import Phase
-from stackwise.model.rack import Rack, Stack
+from stackwise.model.rack import Rack
+from stackwise.model.stack import Stack
 from stackwise.objectives.base import Example, Objective
 from stackwise.ops.boundary import round_boundary
 from stackwise.ops.precision import autocast

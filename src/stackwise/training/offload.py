@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from stackwise.model.rack import ADAPTERS, Rack, Stack
+from stackwise.model.rack import Rack
+from stackwise.model.stack import ADAPTERS, Stack
 
 Source = Callable[[], Mapping[str, Tensor]]
 

@@ -1,0 +1,85 @@
+"""Block: one pre-norm transformer layer.
+
+B batch, T tokens, C width (``d_model``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stackwise.model.attention.core import CoreAttention
+from stackwise.model.cache import LayerCache
+from stackwise.model.feed_forward import create_feed_forward
+from stackwise.model.norms import create_norm
+from stackwise.model.spec import BlockSpec
+
+RopeTables = Mapping[tuple[int, float], tuple[Tensor, Tensor]]
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self._spec = spec
+        norm = (spec.norm, spec.d_model, spec.norm_eps, spec.norm_bias)
+        self.attention_norm = create_norm(*norm) if spec.attention_norm else nn.Identity()
+        self.attention = CoreAttention.from_spec(spec)
+        self.ffn_norm = create_norm(*norm)
+        self.ffn = create_feed_forward(spec.ffn, spec.d_model, spec.d_ff, spec.freeze_up_proj, spec.bias)
+        self.dropout = spec.dropout
+        self.modulation = None if spec.time_dim is None else nn.Linear(spec.time_dim, 6 * spec.d_model)
+
+    @property
+    def spec(self) -> BlockSpec:
+        """What the Block is, in numbers."""
+        return replace(self._spec, attention_mode=self.attention.attention_mode)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        rope: RopeTables | None = None,
+        cache: LayerCache | None = None,
+        seen: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C).
+
+        ``condition`` (B, ``time_dim``) scales and shifts what each norm returns, and scales each residual branch, by
+        1 + s and 0 + b with s and b from a linear layer that starts at zero (after DiT's adaLN, 2212.09748 §3.2).
+        """
+        table = rope[self.attention.rope_key] if rope is not None and self.attention.rope_key else None
+        h = self.attention_norm(x)
+        if self.modulation is None:
+            update = self.attention(_for_products(h), attention_mask, rope=table, cache=cache, seen=seen)
+            x = x + F.dropout(update, self.dropout, self.training)
+            return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
+        if condition is None:
+            raise ValueError("the Blocks are conditioned on the noise level; give time")
+        scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = (
+            self.modulation(F.silu(condition))[:, None].to(x.dtype).chunk(6, dim=-1)
+        )
+        h = _for_products(h * (1 + scale) + shift)
+        update = (1 + gate) * self.attention(h, attention_mask, rope=table, cache=cache, seen=seen)
+        x = x + F.dropout(update, self.dropout, self.training)
+        h = _for_products(self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift)
+        return x + F.dropout((1 + ffn_gate) * self.ffn(h), self.dropout, self.training)
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """``x`` in the dtype of matrix products, once: under autocast each of several would make and keep its own copy."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class Blocks(nn.ModuleList):
+    """A ``ModuleList`` that type checkers know to hold Blocks."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
