@@ -1,7 +1,10 @@
 """Each optimizer does what its name says, with the state that is planned for it, inside the backward pass too."""
 
+import typing
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,7 +13,8 @@ from stackwise.growth.adapters import add_adapter
 from stackwise.growth.phases import Adapter
 from stackwise.model.architecture import create_simple_rack
 from stackwise.optim import stored_adamw
-from stackwise.optim.create import InBackward, Several, create_optimizer, is_matrix_of_a_stack, state_bytes
+from stackwise.optim.create import InBackward, Several, create_optimizer
+from stackwise.optim.kinds import OPTIMIZERS, optimizer_of
 from stackwise.optim.stored_adamw import StoredAdamW, round_at_random
 from stackwise.training.optimizers import flatten, moments_of, set_moments, trained_parameters, unflatten
 
@@ -56,6 +60,36 @@ def steps(model, optimizer, first, n):
         optimizer.zero_grad()
 
 
+def test_a_config_allows_the_kinds_that_there_are():
+    assert typing.get_args(OptimizerConfig.model_fields["optimizer_type"].annotation) == tuple(OPTIMIZERS)
+
+
+class Watched:
+    """Settings that note which of them are read."""
+
+    def __init__(self, settings):
+        self.settings, self.read = settings, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.settings, name)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_config_refuses_the_settings_that_an_optimizer_does_not_read(kind):
+    parameters = trained_parameters(rack())
+    watched = Watched(OptimizerConfig(optimizer_type=kind, moments="float32" if kind == "sgd" else "bfloat16"))
+    made = optimizer_of(watched)
+    made.make(parameters, 0)
+    refused = set()
+    for key, value in {"betas": (0.5, 0.6), "eps": 0.5, "moments": "int8", "momentum": 0.5}.items():
+        try:
+            OptimizerConfig(optimizer_type=kind, **{key: value})
+        except ValidationError:
+            refused.add(key)
+    assert watched.read - {"optimizer_type"} == {"lr", "weight_decay", "betas", "eps", "moments", "momentum"} - refused
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_state_takes_the_bytes_that_are_planned(name):
     model = rack()
@@ -67,7 +101,7 @@ def test_the_state_takes_the_bytes_that_are_planned(name):
             t for t in optimizer.state[p].values() if (isinstance(t, torch.Tensor) and t.numel() > 1) or p.numel() == 1
         ]
         assert sum(t.numel() * t.element_size() for t in held) == pytest.approx(
-            state_bytes(settings(name), full, p), abs=8
+            optimizer_of(settings(name)).state_bytes(full, p), abs=8
         )
 
 
@@ -174,7 +208,7 @@ def test_muon_takes_the_matrices_of_stacks_and_adamw_the_rest():
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     owned = {name for name, p in parameters.items() if any(p is q for q in muon.param_groups[0]["params"])}
     assert owned == {name for name, p in parameters.items() if name.startswith("stack.") and p.dim() == 2}
-    assert len(owned) == 14 and all(is_matrix_of_a_stack(name, parameters[name]) for name in owned)
+    assert len(owned) == 14
     # The orthogonal update of a matrix has the root mean square that AdamW's has, 0.2 lr.
     before = {name: p.detach().clone() for name, p in parameters.items()}
     steps(model, create_optimizer(parameters, OptimizerConfig(optimizer_type="muon", weight_decay=0.0, lr=0.01)), 0, 1)

@@ -436,14 +436,6 @@ class OptimizerConfig(Section):
                 )
         return self
 
-    @property
-    def muon_momentum(self) -> float:
-        return 0.95 if self.momentum is None else self.momentum
-
-    @property
-    def sgd_momentum(self) -> float:
-        return 0.9 if self.momentum is None else self.momentum
-
 
 class ScheduleConfig(Section):
     kind: Literal["wsd", "cosine", "constant"] = Field(

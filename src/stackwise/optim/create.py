@@ -1,8 +1,7 @@
-"""Optimizers by name."""
+"""Optimizers at work: of all parameters at once, or of each inside the backward pass."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -10,98 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.schema import OptimizerConfig
-from stackwise.optim.stored_adamw import BLOCK, CHUNK, STEP_BYTES, StoredAdamW
-
-
-def is_matrix_of_a_stack(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes the parameter ``part/name``: matrices of Stacks, not the embedding, the head or adapters."""
-    return name.startswith("stack.") and parameter.dim() == 2
+from stackwise.optim.kinds import optimizer_of
 
 
 def create_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig, seed: int = 0
 ) -> torch.optim.Optimizer | Several:
-    """The optimizer that ``settings`` names, of parameters by their full name ``part/name``.
-
-    adamw: AdamW (1711.05101), torch's fused one where moments and parameters are fp32, else ``StoredAdamW``.
-    muon: Muon (Jordan et al. 2024) on the matrices of Stacks, its updates scaled to AdamW's (2502.16982 §2.2) so that
-    one learning rate serves, and AdamW on the rest. sgd: with momentum. Matrices decay; vectors do not.
+    """The optimizer that ``settings`` names (``optim.kinds``), of parameters by their full name ``part/name``.
 
     Args:
         seed: of the rounding of what is stored in fewer bits.
     """
-    match settings.optimizer_type:
-        case "adamw":
-            return _adamw(parameters, settings, seed)
-        case "sgd":
-            return torch.optim.SGD(
-                _groups(parameters, settings.weight_decay),
-                lr=settings.lr,
-                momentum=settings.sgd_momentum,
-                foreach=False,  # the default on an accelerator: decay would copy all gradients at once
-            )
-        case "muon":
-            matrices = {name: p for name, p in parameters.items() if is_matrix_of_a_stack(name, p)}
-            others = {name: p for name, p in parameters.items() if name not in matrices}
-            made: list[torch.optim.Optimizer] = []
-            if matrices:
-                made.append(
-                    torch.optim.Muon(
-                        list(matrices.values()),
-                        lr=settings.lr,
-                        weight_decay=settings.weight_decay,
-                        momentum=settings.muon_momentum,
-                        adjust_lr_fn="match_rms_adamw",
-                    )
-                )
-            if others:
-                made.append(_adamw(others, settings, seed))
-            return Several(made)
-
-
-def _adamw(parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig, seed: int) -> torch.optim.Optimizer:
-    groups = _groups(parameters, settings.weight_decay)
-    plain = settings.moments == "float32" and all(p.dtype == torch.float32 for p in parameters.values())
-    if plain:
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-    return StoredAdamW(groups, settings.lr, settings.betas, settings.eps, moments=settings.moments, seed=seed)
-
-
-def _groups(parameters: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [(name, p) for name, p in parameters.items() if p.dim() >= 2], "weight_decay": decay},
-        {"params": [(name, p) for name, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def state_bytes(settings: OptimizerConfig, name: str, parameter: Tensor) -> int:
-    """Bytes of the moments of the parameter ``part/name``; counters are left out."""
-    n = parameter.numel()
-    match settings.optimizer_type:
-        case "sgd":
-            return n * parameter.element_size() if settings.sgd_momentum else 0
-        case "muon" if is_matrix_of_a_stack(name, parameter):
-            return n * parameter.element_size()
-    match settings.moments:
-        case "float32":
-            return 8 * n
-        case "bfloat16":
-            return 4 * n
-    return 2 * n + 8 * math.ceil(n / BLOCK)
-
-
-def step_bytes(settings: OptimizerConfig, name: str, parameter: Tensor) -> int:
-    """Bytes that the update of the parameter ``part/name`` takes for its duration, at most."""
-    n, is_bf16 = parameter.numel(), parameter.dtype == torch.bfloat16
-    match settings.optimizer_type:
-        case "sgd":
-            return n * parameter.element_size() if settings.weight_decay and parameter.dim() >= 2 else 0
-        case "muon" if is_matrix_of_a_stack(name, parameter):
-            return 12 * n
-    if settings.moments == "float32" and not is_bf16:
-        return 0
-    return STEP_BYTES[settings.moments, is_bf16] * min(n, CHUNK)
+    made = optimizer_of(settings).make(parameters, seed)
+    return made[0] if len(made) == 1 else Several(made)
 
 
 class Several:
@@ -170,8 +90,7 @@ class InBackward:
         one_each: list[torch.optim.Optimizer] = []
         self._handles, self._updates = [], []
         for name, parameter in parameters.items():
-            made = create_optimizer({name: parameter}, settings, seed)
-            optimizer = made.optimizers[0] if isinstance(made, Several) else made
+            (optimizer,) = optimizer_of(settings).make({name: parameter}, seed)
             one_each.append(optimizer)
             update = self._hook(name, optimizer)
             self._updates.append((parameter, update))

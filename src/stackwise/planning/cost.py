@@ -37,7 +37,7 @@ from stackwise.ops.coding import CODING
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 from stackwise.ops.repeats import Counting
-from stackwise.optim.create import create_optimizer, is_matrix_of_a_stack, state_bytes, step_bytes
+from stackwise.optim.kinds import Optimizer, optimizer_of
 from stackwise.planning.flops import Flops, flops_of, multiplications_of
 from stackwise.signals import stop_if_asked, stoppable
 
@@ -213,8 +213,9 @@ def measure_segments(
     parameters = {f"{part}/{name}": p for part, name, p in rack.part_parameters()}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     settings = optimizer or OptimizerConfig()
-    state = sum(state_bytes(settings, name, p) for name, p in trained.items())
-    updates = {name: step_bytes(settings, name, p) for name, p in trained.items()}
+    kind = optimizer_of(settings)
+    state = sum(kind.state_bytes(name, p) for name, p in trained.items())
+    updates = {name: kind.step_bytes(name, p) for name, p in trained.items()}
     gradients = sum(_bytes(p) for p in trained.values())
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     boundary = torch.zeros(batch_size, seq_len, rack.d_model) if entered else None
@@ -252,7 +253,7 @@ def measure_segments(
         ledger.mark()
     for hook in hooks:
         hook.remove()
-    update = _update_flops(trained, settings)
+    update = _update_flops(trained, kind)
     for parameter in trained.values():
         parameter.grad = None
     held = gradients if micro_batches > 1 else 0  # earlier micro-batches' gradients wait while the next one runs
@@ -290,19 +291,17 @@ def _mark_backward(ledger: Ledger, gradient: Tensor) -> None:
     ledger.kind = "backward"
 
 
-def _update_flops(trained: Mapping[str, torch.nn.Parameter], settings: OptimizerConfig) -> Flops:
-    """Of one update of what has a gradient.
-
-    Muon's runs on these fake tensors. AdamW and SGD multiply elementwise only, which does not count.
-    """
-    matrices = {name: p for name, p in trained.items() if is_matrix_of_a_stack(name, p)}
-    if settings.optimizer_type != "muon" or not matrices:
+def _update_flops(trained: Mapping[str, torch.nn.Parameter], kind: Optimizer) -> Flops:
+    """Of one update of what has a gradient, run on these fake tensors; elementwise products do not count."""
+    multiplied = {name: p for name, p in trained.items() if kind.multiplies(name, p)}
+    if not multiplied:
         return Flops()
-    for parameter in matrices.values():
+    for parameter in multiplied.values():
         parameter.grad = torch.empty_like(parameter)  # an update in the backward pass has dropped it
-    optimizer = create_optimizer(matrices, settings)
+    optimizers = kind.make(multiplied, seed=0)
     with Ledger("optimizer") as ledger:
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return ledger.flops
 
 
