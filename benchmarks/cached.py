@@ -22,9 +22,9 @@ def run(n_stacks: int, d_model: int, steps: int) -> dict[str, float]:
     """Trains in this process: seconds a step and peak bytes of the last phase, and what the plan says of it."""
     from stackwise.config import StackWiseConfig
     from stackwise.planning.plan import plan_run
+    from stackwise.runs.run import train_run
+    from stackwise.store.rundir import RunDir
     from stackwise.training.progress import SilentReporter
-    from stackwise.training.run import train_run
-    from stackwise.training.rundir import RunDir
 
     total = n_stacks - 1 + steps
     with tempfile.TemporaryDirectory() as folder:

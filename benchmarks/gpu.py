@@ -34,8 +34,8 @@ ROWS: dict[str, list[str]] = {
 def row(overrides: list[str], steps: int, folder: Path) -> dict[str, Any]:
     from stackwise.config import StackWiseConfig
     from stackwise.planning.plan import plan_run
+    from stackwise.runs.run import train_run
     from stackwise.training.progress import SilentReporter
-    from stackwise.training.run import train_run
 
     base = {
         "model": {"d_model": 1024, "n_heads": 16, "architecture": {"n_stacks": 4, "blocks_per_stack": 2}},

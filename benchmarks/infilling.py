@@ -25,7 +25,7 @@ from stackwise.generation.autoregressive import generate
 from stackwise.generation.denoisers import RackDenoiser
 from stackwise.generation.diffusion import unmask
 from stackwise.objectives import DiffusionObjective, create_objective
-from stackwise.training.run import load
+from stackwise.runs.run import load
 
 ORDERS = ("first_hitting", "confidence", "margin", "entropy")
 

@@ -130,8 +130,8 @@ def sampling_cost(loaded: Any) -> float:
 def run(name: str, seed: int, flops: float, text: str, runs: Path | None) -> dict[str, Any]:
     import torch
 
+    from stackwise.runs.run import load, train_run
     from stackwise.training.progress import SilentReporter
-    from stackwise.training.run import load, train_run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

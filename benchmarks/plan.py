@@ -114,9 +114,9 @@ def counted_flops(config: Any, out: Path) -> list[int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+    from stackwise.runs.run import train_run
     from stackwise.training.loop import Loop
     from stackwise.training.progress import SilentReporter
-    from stackwise.training.run import train_run
 
     def forward(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -150,8 +150,8 @@ def run(recipe: str, size: str) -> dict[str, Any]:
     import torch
 
     from stackwise.planning.plan import plan_run
+    from stackwise.runs.run import train_run
     from stackwise.training.progress import SilentReporter
-    from stackwise.training.run import train_run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -38,10 +38,10 @@ from stackwise.objectives.base import Example
 from stackwise.ops.precision import autocast
 from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
+from stackwise.store.rundir import RunDir
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import SilentReporter
-from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
 
 NANOGPT = {"d_model": 128, "heads": 4, "stacks": 4, "blocks": 1, "seq_len": 64, "batch_size": 12, "vocab": 68}

@@ -28,9 +28,9 @@ from stackwise.files import (
     write_text_atomic,
 )
 from stackwise.model.weights import save_weights
-from stackwise.training.checkpoints import CheckpointStore
-from stackwise.training.run import write_untrained_run
-from stackwise.training.rundir import RunDir
+from stackwise.runs.run import write_untrained_run
+from stackwise.store.checkpoints import CheckpointStore
+from stackwise.store.rundir import RunDir
 
 PRECIOUS = "what the user wrote\n"
 
@@ -251,8 +251,8 @@ from pathlib import Path
 import torch
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import ByteTokenizer
-from stackwise.training import checkpoints
-from stackwise.training.run import write_untrained_run
+from stackwise.store import checkpoints
+from stackwise.runs.run import write_untrained_run
 
 def parts():
     yield b"half"

@@ -12,8 +12,8 @@ from stackwise.growth.adapters import load_adapters
 from stackwise.interop.importing import read_settings, weight_files
 from stackwise.model.architecture import create_simple_rack
 from stackwise.reading import MAX_BYTES, JSONError, parse_json, read_json, read_object
-from stackwise.training.checkpoints import CheckpointError, CheckpointStore
-from stackwise.training.rundir import RunDir
+from stackwise.store.checkpoints import CheckpointError, CheckpointStore
+from stackwise.store.rundir import RunDir
 
 DEEP = '{"text": ' + "[" * 50_000 + "]" * 50_000 + "}"
 SOURCES = Path(__file__).parents[1] / "src" / "stackwise"

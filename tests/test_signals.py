@@ -15,7 +15,7 @@ from stackwise.data import store
 from stackwise.errors import RunError, StoppedBySignal
 from stackwise.planning.cost import Ledger
 from stackwise.signals import stop_if_asked, stoppable
-from stackwise.training.activation_cache import ActivationCache
+from stackwise.store.activation_cache import ActivationCache
 from stackwise.training.loop import Loop
 
 CONFIG = """
@@ -63,7 +63,7 @@ def test_a_second_signal_ends_the_process_at_once_with_a_line(config: Path) -> N
     run = config.parent / "run"
     done = process(
         """
-from stackwise.training.activation_cache import ActivationCache
+from stackwise.store.activation_cache import ActivationCache
 from stackwise.training.loop import Loop
 def step(*_):
     os.kill(os.getpid(), signal.SIGINT)

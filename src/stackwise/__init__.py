@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """``stackwise.load``, fetched when it is first asked for: importing the package imports no torch."""
     if name == "load":
-        from stackwise.training.run import load
+        from stackwise.runs.run import load
 
         return load
     raise AttributeError(f"module 'stackwise' has no attribute {name!r}")

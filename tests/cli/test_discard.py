@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from stackwise.cli.main import main
 from stackwise.data.tokenizers import open_pretrained
 from stackwise.errors import UserError
-from stackwise.training import run as training_run
+from stackwise.runs import run as training_run
+from stackwise.store.rundir import RunDir
 from stackwise.training.loop import Loop
-from stackwise.training.rundir import RunDir
 
 CONFIG = (
     "model: {d_model: 16, n_heads: 2, vocab_size: 7, architecture: {n_stacks: 1, blocks_per_stack: 1}}\n"

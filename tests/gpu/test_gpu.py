@@ -14,8 +14,8 @@ from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast
 from stackwise.planning.cost import PhaseCoster
 from stackwise.planning.devices import measured_flops
+from stackwise.runs.run import train_run
 from stackwise.training.progress import SilentReporter
-from stackwise.training.run import train_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

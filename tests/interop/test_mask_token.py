@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stackwise.cli.main import main
 from stackwise.model.architecture import create_simple_rack
-from stackwise.training.initial import add_rows
-from stackwise.training.run import load
+from stackwise.runs.initial import add_rows
+from stackwise.runs.run import load
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents.\n" * 60
 

@@ -118,7 +118,7 @@ def _plan_key(*what: Any) -> str:
 
 def _planning(plans: Mapping[str, Any], note: Path) -> None:
     """Takes a run's plan from ``plans`` where it is among them, and notes of what it was made."""
-    from stackwise.training import run
+    from stackwise.runs import run
 
     inner = run.plan_phases
 

@@ -36,8 +36,8 @@ from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.layers import LexicalKernelManager
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.planning.plan import plan_run
+from stackwise.runs.run import resume_run, train_run
 from stackwise.training.progress import SilentReporter
-from stackwise.training.run import resume_run, train_run
 
 E, C, HIDDEN, ROWS = 13, 22, 17, 283
 TEXT = "a table of tokens comes from another model, and an adapter makes it fit this one. "

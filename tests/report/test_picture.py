@@ -14,7 +14,7 @@ import pytest
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.report.picture import FROZEN, NEW, TRAINED, draw_run, smoothed
-from stackwise.training.rundir import RunDir
+from stackwise.store.rundir import RunDir
 
 NAMES = ["stack 0", "stack 1", "stack 2", "joint"]
 

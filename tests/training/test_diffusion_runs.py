@@ -15,9 +15,9 @@ from stackwise.errors import ConfigError, UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.planning.cost import RUNTIME_BYTES, Ledger
 from stackwise.planning.plan import plan_run
+from stackwise.runs.run import load, resume_run, train_run
 from stackwise.training.loop import Loop
 from stackwise.training.progress import SilentReporter
-from stackwise.training.run import load, resume_run, train_run
 
 FROZEN = ["training.strategy=progressive", "training.progressive.trunk_strategy=frozen"]
 DEPTH = "training.progressive.time_interpretation=depth"

@@ -15,12 +15,12 @@ from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
 from stackwise.ops.storage import PRECISIONS
-from stackwise.training.checkpoints import CheckpointStore, weights_sha256
-from stackwise.training.initial import rack_of_checkpoint
+from stackwise.store.checkpoints import CheckpointStore, weights_sha256
+from stackwise.store.rundir import RunDir
+from stackwise.store.structure import rack_of_checkpoint
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import SilentReporter
-from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
 
 V, B, T, STEPS = 37, 6, 11, 3

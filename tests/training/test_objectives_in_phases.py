@@ -12,9 +12,9 @@ from stackwise.errors import ConfigError
 from stackwise.growth.curricula import build_phases
 from stackwise.objectives import create_objective
 from stackwise.planning.plan import plan_run
+from stackwise.runs.run import load, resume_run, train_run
 from stackwise.training.loop import Loop
 from stackwise.training.progress import SilentReporter
-from stackwise.training.run import load, resume_run, train_run
 from stackwise.training.sources import ProgressiveDataLoader
 
 STEPS = 9

@@ -26,7 +26,7 @@ def compare(
     settings = read_config(config, overrides, start)
     from stackwise.cli.results import bound, print_json, size, table
     from stackwise.growth.recipes import recipe_names
-    from stackwise.training.compare import compare_recipes
+    from stackwise.runs.compare import compare_recipes
 
     rows = compare_recipes(settings, recipe_names(recipes), out)
     if as_json:

@@ -22,8 +22,8 @@ def demo(
     from stackwise.cli.results import print_json, show_summary
     from stackwise.evaluation.evaluate import evaluate_run
     from stackwise.generation.text import stream_text
+    from stackwise.runs.run import load, resume_run, train_run
     from stackwise.training.progress import SilentReporter, console_reporter
-    from stackwise.training.run import load, resume_run, train_run
 
     config = StackWiseConfig.from_dict(PRESETS["demo"])
     going_on = (out / "config.yaml").exists()

@@ -70,7 +70,7 @@ def generate(
     from stackwise.errors import UserError
     from stackwise.generation.sampling import row_seeds
     from stackwise.generation.text import stream_texts
-    from stackwise.training.run import load
+    from stackwise.runs.run import load
 
     loaded = load(run)
     if template is not None and prompt:

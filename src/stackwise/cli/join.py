@@ -21,7 +21,7 @@ def join(
 ) -> None:
     """Join experts (training.diffusion.expert), each trained in a process of its own, into one run."""
     from stackwise.cli.results import print_json
-    from stackwise.training.join import join_runs
+    from stackwise.runs.join import join_runs
 
     with stoppable():
         result = join_runs(runs, out)

@@ -6,8 +6,8 @@ at the top; what needs torch is imported inside the function, so that help and `
     # cli/train.py
     def train(config: Annotated[Path, typer.Argument(help="YAML file")], ...) -> None:
         '''Train as CONFIG says.'''
-        from stackwise.training.loop import run
-        run(...)
+        from stackwise.runs.run import train_run
+        train_run(...)
 
     # here
     app.command()(train.train)

@@ -66,7 +66,7 @@ def plan(
     from stackwise.growth.recipes import recipe_names
     from stackwise.planning.plan import plan_run
     from stackwise.planning.recommend import best_that_fits, compare_plans, first_change_that_fits
-    from stackwise.training.initial import initial_stacks
+    from stackwise.runs.initial import initial_stacks
 
     names = None if recipes is None else recipe_names(recipes)
     machine = replace(_machine(device, settings.training, flops_per_second), **limits)

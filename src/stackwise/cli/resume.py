@@ -20,7 +20,7 @@ def resume(
 ) -> None:
     """Go on with RUN exactly where it stopped."""
     from stackwise.cli.results import show_summary
+    from stackwise.runs.run import resume_run
     from stackwise.training.progress import console_reporter
-    from stackwise.training.run import resume_run
 
     show_summary(resume_run(run, console_reporter(), step, trust_paths=trust_paths), run, as_json)

@@ -32,7 +32,7 @@ def read_config(
     """CONFIG by a recipe, with its overrides, and what it takes from the run it starts from."""
     overrides = overrides or []
     if start is not None:
-        from stackwise.training.initial import settings_from_run
+        from stackwise.runs.initial import settings_from_run
 
         settings = settings_from_run(path, start)
     else:
@@ -57,7 +57,7 @@ def train(
     """Train a model as CONFIG says, into a new run directory."""
     settings = read_config(config, overrides, start, recipe)
     from stackwise.cli.results import show_summary
+    from stackwise.runs.run import train_run
     from stackwise.training.progress import console_reporter
-    from stackwise.training.run import train_run
 
     show_summary(train_run(settings, out, console_reporter()), out, as_json)

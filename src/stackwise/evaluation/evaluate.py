@@ -15,10 +15,10 @@ from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.objectives import MaskedObjective, create_objective
 from stackwise.objectives.scoring import bits_per_byte, predicted_share, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.training.origin import check_origin
+from stackwise.runs.run import TEXT, load, run_data
+from stackwise.store.origin import check_origin
+from stackwise.store.rundir import RunDir
 from stackwise.training.progress import Reporter
-from stackwise.training.run import TEXT, load, run_data
-from stackwise.training.rundir import RunDir
 
 
 def evaluate_run(

@@ -22,8 +22,8 @@ from stackwise.interop.families import Entry, choose_family
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack
+from stackwise.runs.run import load
 from stackwise.signals import stop_if_asked
-from stackwise.training.run import load
 
 SHARD_BYTES = 5 * 10**9
 """Weights in one file at most, as transformers writes them."""

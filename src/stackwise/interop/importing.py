@@ -17,9 +17,9 @@ from stackwise.errors import UserError
 from stackwise.interop.families import FAMILIES, Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.reading import read_object
+from stackwise.runs.run import write_untrained_run
 from stackwise.signals import stop_if_asked
-from stackwise.training.origin import signature
-from stackwise.training.run import write_untrained_run
+from stackwise.store.origin import signature
 
 
 def read_settings(folder: str | Path) -> Settings:

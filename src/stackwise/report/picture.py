@@ -20,8 +20,8 @@ from stackwise.errors import RunError, UserError
 from stackwise.files import write_atomic
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
-from stackwise.training.initial import initial_stacks
-from stackwise.training.rundir import RunDir
+from stackwise.runs.initial import initial_stacks
+from stackwise.store.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,3 +1,3 @@
-from stackwise.training.trainers import ArchitectureTrainer
+from stackwise.runs.trainers import ArchitectureTrainer
 
 __all__ = ["ArchitectureTrainer"]

@@ -16,7 +16,7 @@ from stackwise.model.stack import Stack
 from stackwise.objectives.base import Example, Objective
 from stackwise.ops.boundary import round_boundary
 from stackwise.ops.precision import autocast
-from stackwise.training.activation_cache import ActivationCache, BoundaryId, BoundaryReader, CachedBoundary
+from stackwise.store.activation_cache import ActivationCache, BoundaryId, BoundaryReader, CachedBoundary
 from stackwise.training.offload import Offload
 
 

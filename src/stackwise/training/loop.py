@@ -31,11 +31,13 @@ from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.precision import autocast
 from stackwise.optim.create import InBackward, create_optimizer
 from stackwise.signals import StopRequest, stop_if_asked, stoppable
-from stackwise.training.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
+from stackwise.store.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
+from stackwise.store.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from stackwise.store.rundir import RunDir
+from stackwise.store.state import PhaseRecord, RunState
+from stackwise.store.structure import structure
 from stackwise.training.assertions import TrainingCheck
-from stackwise.training.checkpoints import Checkpoint, CheckpointStore, weights_sha256
 from stackwise.training.examples import Boundaries, ExampleSource, PhaseExamples
-from stackwise.training.initial import structure
 from stackwise.training.memory import PeakMemory
 from stackwise.training.offload import Offload, Source, all_tensors
 from stackwise.training.optimizers import (
@@ -49,9 +51,7 @@ from stackwise.training.optimizers import (
     unflatten,
 )
 from stackwise.training.progress import Reporter
-from stackwise.training.rundir import RunDir
 from stackwise.training.schedules import lr_ratio
-from stackwise.training.state import PhaseRecord, RunState
 from stackwise.training.tracking import Tracker
 
 

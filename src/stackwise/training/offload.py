@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise.model.rack import Rack
-from stackwise.model.stack import ADAPTERS, Stack
+from stackwise.model.stack import Stack
+from stackwise.model.weights import drop_tensors, fill_tensors
 
 Source = Callable[[], Mapping[str, Tensor]]
 
@@ -120,29 +121,6 @@ class Offload:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="offload")
             self._ahead = (following, self._reader.submit(self._brought, self._sources[following]))
         return self._ready(brought)
-
-
-def drop_tensors(module: nn.Module) -> None:
-    """Puts everything but adapters on the meta device."""
-    for name, tensor in list(module.state_dict(keep_vars=True).items()):
-        if ADAPTERS not in name:
-            _set(module, name, tensor.detach().to("meta"), isinstance(tensor, nn.Parameter))
-
-
-def fill_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives ``module`` these tensors in place of those of the same names, without a copy."""
-    there = module.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        _set(module, name, tensor, isinstance(there[name], nn.Parameter))
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor, parameter: bool) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if parameter:
-        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    else:
-        owner.register_buffer(leaf, tensor)
 
 
 def all_tensors(rack: Rack, offload: Offload | None = None) -> Iterator[tuple[str, str, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from stackwise.errors import RunError, UserError
 from stackwise.ops import boundary as layouts
 from stackwise.ops.boundary import FORMATS, MANIFEST_BYTES, BoundaryLayout, bytes_per_row, round_boundary
-from stackwise.training.activation_cache import ActivationCache, BoundaryId, CachedBoundary, UpstreamPart, cache_key
+from stackwise.store.activation_cache import ActivationCache, BoundaryId, CachedBoundary, UpstreamPart, cache_key
 
 LAYOUT = BoundaryLayout(batch_size=2, seq_len=3, width=131, first=5, count=7, format="bfloat16")
 OLD, NEW = BoundaryId(2, "a" * 64), BoundaryId(3, "b" * 64)
@@ -639,7 +639,7 @@ from pathlib import Path
 import torch
 from stackwise.ops import boundary
 from stackwise.ops.boundary import BoundaryLayout
-from stackwise.training.activation_cache import ActivationCache, BoundaryId
+from stackwise.store.activation_cache import ActivationCache, BoundaryId
 boundary.SEGMENTS = 3
 layout = BoundaryLayout(2, 3, 131, 5, 7, "bfloat16")
 def advance(batch, x):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stackwise.errors import RunError
-from stackwise.training import checkpoints
-from stackwise.training.checkpoints import DTYPE_CODES, CheckpointError, CheckpointStore, weights_sha256
+from stackwise.store import checkpoints
+from stackwise.store.checkpoints import DTYPE_CODES, CheckpointError, CheckpointStore, weights_sha256
 
 Parts = dict[str, dict[str, Tensor]]
 

@@ -25,17 +25,18 @@ from stackwise.objectives.scoring import Validation, check_scorable, validate
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import available_memory, peak_flops
 from stackwise.planning.plan import Planned, plan_phases
+from stackwise.runs.initial import initial_checkpoint, initial_rack
 from stackwise.signals import stop_if_asked, stoppable
-from stackwise.training.checkpoints import Checkpoint, CheckpointStore
-from stackwise.training.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
-from stackwise.training.initial import initial_checkpoint, initial_rack, rack_of_checkpoint
+from stackwise.store.checkpoints import Checkpoint, CheckpointStore
+from stackwise.store.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
+from stackwise.store.origin import check_origin, signature
+from stackwise.store.rundir import RunDir
+from stackwise.store.state import RunState, load_checkpoint, read_summary
+from stackwise.store.structure import rack_of_checkpoint
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
-from stackwise.training.origin import check_origin, signature
 from stackwise.training.progress import Reporter
-from stackwise.training.rundir import RunDir
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
-from stackwise.training.state import RunState, load_checkpoint, read_summary
 
 TEXT = ("data.path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.training.rundir import RunDir
+from stackwise.store.rundir import RunDir
 
 _KEY_BYTES = 32
 

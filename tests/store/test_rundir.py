@@ -13,11 +13,11 @@ import pytest
 
 from stackwise.errors import RunError, UserError
 from stackwise.files import write_text_atomic
-from stackwise.training.rundir import RunDir
+from stackwise.store.rundir import RunDir
 
 LOCKER = """
 import os, sys, time
-from stackwise.training.rundir import RunDir
+from stackwise.store.rundir import RunDir
 with RunDir.open(sys.argv[1]).lock():
     if len(sys.argv) > 2 and os.fork() == 0:
         time.sleep(60)

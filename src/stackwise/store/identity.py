@@ -16,7 +16,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.data.store import PreparedData
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
-from stackwise.training.checkpoints import Checkpoint
+from stackwise.store.checkpoints import Checkpoint
 
 _FREE = ("device", "cpu_allocator", "logging", "checkpoint")
 """Settings of ``training`` that decide nothing of what is computed."""

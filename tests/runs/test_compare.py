@@ -6,7 +6,7 @@ from stackwise.config import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
-from stackwise.training.compare import compare_recipes, equal_budget
+from stackwise.runs.compare import compare_recipes, equal_budget
 
 
 def config(*overrides):

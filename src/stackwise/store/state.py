@@ -12,8 +12,8 @@ from stackwise.config.messages import show
 from stackwise.config.schema import Fraction, Size
 from stackwise.errors import RunError
 from stackwise.growth.phases import AdapterKind, Precision
-from stackwise.training.checkpoints import Checkpoint, CheckpointError, CheckpointStore
-from stackwise.training.rundir import RunDir
+from stackwise.store.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+from stackwise.store.rundir import RunDir
 
 _TOLERANT = ConfigDict(strict=True, allow_inf_nan=False)
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

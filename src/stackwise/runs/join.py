@@ -8,10 +8,10 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.training.checkpoints import weights_sha256
-from stackwise.training.origin import origin_of
-from stackwise.training.run import LoadedRun, load, write_untrained_run
-from stackwise.training.rundir import RunDir
+from stackwise.runs.run import LoadedRun, load, write_untrained_run
+from stackwise.store.checkpoints import weights_sha256
+from stackwise.store.origin import origin_of
+from stackwise.store.rundir import RunDir
 
 
 def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:

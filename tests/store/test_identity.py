@@ -13,7 +13,7 @@ import pytest
 
 from stackwise.cli.main import main
 from stackwise.data.store import prepare
-from stackwise.training.run import load
+from stackwise.runs.run import load
 
 CONFIG = """
 model: {{d_model: 20, n_heads: 2, d_ff: 36, architecture: {{n_stacks: 3, blocks_per_stack: 1}}}}
@@ -223,7 +223,7 @@ def test_a_run_that_is_to_go_on_from_an_earlier_step_is_incomplete_before_its_ch
     def killed(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("stackwise.training.checkpoints.CheckpointStore.delete_after", killed)
+    monkeypatch.setattr("stackwise.store.checkpoints.CheckpointStore.delete_after", killed)
     with pytest.raises(MemoryError):
         main(["resume", str(run), "--step", "10"])
     assert not (run / "summary.json").exists()

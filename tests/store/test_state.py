@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stackwise.errors import RunError
-from stackwise.training.checkpoints import CheckpointError, CheckpointStore
-from stackwise.training.rundir import RunDir
-from stackwise.training.state import RunState, load_checkpoint, read_summary
+from stackwise.store.checkpoints import CheckpointError, CheckpointStore
+from stackwise.store.rundir import RunDir
+from stackwise.store.state import RunState, load_checkpoint, read_summary
 
 STATE: dict[str, Any] = {
     "fingerprint": "f",

@@ -17,9 +17,9 @@ from stackwise.errors import STOPPED, RunError, StoppedBySignal, UserError
 from stackwise.files import remove_leftovers, write_text_atomic
 from stackwise.growth.recipes import apply_recipe
 from stackwise.planning.plan import plan_run
+from stackwise.runs.initial import initial_stacks
 from stackwise.signals import PARENT_PIPE, SIGNALS, StopRequest, stop_if_asked, stoppable
-from stackwise.training.initial import initial_stacks
-from stackwise.training.rundir import RunDir
+from stackwise.store.rundir import RunDir
 
 
 def equal_budget(config: StackWiseConfig) -> float:
