@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stackwise.config.schema import QLoRAConfig
+from stackwise.config.growth import QLoRAConfig
 
 
 def adapters(n: int, **settings: object) -> list[tuple[int, float]]:

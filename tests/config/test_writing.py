@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from stackwise.config import StackWiseConfig, yaml_io
 from stackwise.config.messages import all_keys, section_of
 from stackwise.config.presets import ABOUT, PRESETS, preset_config
-from stackwise.config.schema import Section
+from stackwise.config.section import Section
 from stackwise.config.template import template
 from stackwise.errors import ConfigError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data import corpora
 from stackwise.data.corpora import PIECE, open_corpus
 from stackwise.errors import RunError, UserError

@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data import corpora, store
 from stackwise.data.store import encode_files, prepare
 from stackwise.data.tokenizers import ByteTokenizer
@@ -422,7 +422,7 @@ def test_a_text_that_changes_while_it_is_tokenized_is_refused(tmp_path, cache, m
 
 _PREPARE = """
 import os, signal, sys
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data import store
 
 settings = DataConfig.model_validate_json(sys.argv[1])

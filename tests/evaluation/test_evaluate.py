@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackwise.cli.main import main
-from stackwise.config.schema import DiffusionConfig, MaskingConfig
+from stackwise.config.objectives import DiffusionConfig, MaskingConfig
 from stackwise.evaluation.entropy import ngram_entropies
 from stackwise.model.architecture import create_simple_rack
 from stackwise.objectives import CausalObjective, DiffusionObjective, MaskedObjective

@@ -178,7 +178,7 @@ RAW: list[tuple[str, bytes]] = [
 
 
 def _keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    from stackwise.config.schema import Section
+    from stackwise.config.section import Section
 
     for name, info in schema.model_fields.items():
         annotation = info.annotation

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
-from stackwise.config.schema import ClassificationConfig
+from stackwise.config.objectives import ClassificationConfig
 from stackwise.data.batches import Batch
 from stackwise.errors import ConfigError, UserError
 from stackwise.growth.curricula import build_phases

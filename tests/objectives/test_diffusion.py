@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.schema import DiffusionConfig
+from stackwise.config.objectives import DiffusionConfig
 from stackwise.data.batches import Batch
 from stackwise.errors import ConfigError
 from stackwise.generation.denoisers import RackDenoiser, generate_blocks

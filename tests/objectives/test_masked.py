@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.schema import MaskingConfig
+from stackwise.config.objectives import MaskingConfig
 from stackwise.data.batches import Batch, Batches
 from stackwise.data.tokenizers import ByteTokenizer
 from stackwise.errors import ConfigError, UserError

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stackwise.config.schema import DiffusionConfig, MaskingConfig
+from stackwise.config.objectives import DiffusionConfig, MaskingConfig
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.objectives import CausalObjective, DiffusionObjective, MaskedObjective, Score

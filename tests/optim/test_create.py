@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.adapters import add_adapter
 from stackwise.growth.phases import Adapter
 from stackwise.model.architecture import create_simple_rack

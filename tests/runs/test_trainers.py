@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.schema import MaskingConfig
+from stackwise.config.objectives import MaskingConfig
 from stackwise.errors import ConfigError, UserError
 from stackwise.model.architecture import create_rack_from_config, create_simple_rack
 from stackwise.objectives import CausalObjective, MaskedObjective

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.errors import RunError
 from stackwise.growth.rack_builder import set_trainable, zero_residual_outputs
 from stackwise.model.architecture import create_simple_rack

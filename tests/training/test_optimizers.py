@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack

@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
     """Everything ``doctor`` knows: sizes in bytes, speeds in FLOP/s, ``None`` where this system does not tell."""
     import torch
 
-    from stackwise.config.schema import TrainingConfig
+    from stackwise.config.run import TrainingConfig
     from stackwise.ops.precision import resolve_compute_dtype, resolve_device
     from stackwise.training.memory import PeakMemory
 

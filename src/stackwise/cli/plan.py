@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
-from stackwise.config.schema import TrainingConfig
+from stackwise.config.run import TrainingConfig
 from stackwise.errors import UserError
 
 if TYPE_CHECKING:

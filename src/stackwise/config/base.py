@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
-from stackwise.config import yaml_io
+from stackwise.config import rules, yaml_io
 from stackwise.config.legacy import OLD_KEYS, load_legacy
 from stackwise.config.messages import explain, section_of, takes_text, unknown_key
-from stackwise.config.schema import ArchitectureConfig, ModelConfig, StackWiseConfigFields
+from stackwise.config.model import ArchitectureConfig, ModelConfig
+from stackwise.config.run import Settings
 from stackwise.errors import ConfigError
 
 __all__ = ["ArchitectureConfig", "ModelConfig", "StackWiseConfig"]
@@ -24,11 +25,16 @@ _YAML_VALUE = re.compile(r"['\"\[]|(~|null)?$")
 _NOT_A_MAPPING = "a config is a mapping with the sections model, training and data"
 
 
-class StackWiseConfig(StackWiseConfigFields):
+class StackWiseConfig(Settings):
     """All settings of a run: ``model``, ``training`` and ``data``. Immutable; ``override`` gives a changed copy.
 
     Reading raises ``ConfigError`` with one line that names the key, the value and what is allowed.
     """
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        rules.check(self)
+        return self
 
     @classmethod
     def from_dict(cls, data: dict[str, Any] | None, overrides: Iterable[str] = (), source: str = "") -> Self:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from stackwise.config import yaml_io
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.messages import options_of
-from stackwise.config.schema import Section
+from stackwise.config.section import Section
 
 _COLUMN = 38  # where the comments start
 _WIDTH = 120

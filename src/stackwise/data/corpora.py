@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.errors import RunError, UserError
 from stackwise.files import remove_leftovers, write_atomic

@@ -31,7 +31,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.data.corpora import Corpus, Progress, open_corpus, open_files
 from stackwise.data.tokenizers import (

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import TRAINABLE_PRECISIONS, ObjectiveName, ScheduleConfig
+from stackwise.config.growth import TRAINABLE_PRECISIONS
+from stackwise.config.objectives import ObjectiveName
+from stackwise.config.optimization import ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
 from stackwise.objectives.depth import Interval, intervals_of, levels_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from stackwise.config.schema import ObjectiveName
+from stackwise.config.objectives import ObjectiveName
 from stackwise.objectives.depth import Interval
 
 OptimizerState = Literal["keep", "reset", "copy"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import MAX_BLOCKS
+from stackwise.config.section import MAX_BLOCKS
 from stackwise.errors import UserError
 from stackwise.model.architecture import rack_spec_from_config
 from stackwise.model.spec import BlockSpec, RackSpec

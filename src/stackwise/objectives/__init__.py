@@ -1,5 +1,5 @@
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import ObjectiveName
+from stackwise.config.objectives import ObjectiveName
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.objectives.base import Example, Objective, Score

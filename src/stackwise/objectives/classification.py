@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stackwise.config.schema import ClassificationConfig
+from stackwise.config.objectives import ClassificationConfig
 from stackwise.data.batches import Batch
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack

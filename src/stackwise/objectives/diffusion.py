@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stackwise.config.schema import DiffusionConfig
+from stackwise.config.objectives import DiffusionConfig
 from stackwise.data.batches import Batch
 from stackwise.data.hashing import uniform
 from stackwise.data.masking import count_mask, mask_uniforms, protected, rate_mask

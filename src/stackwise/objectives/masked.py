@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stackwise.config.schema import MaskingConfig
+from stackwise.config.objectives import MaskingConfig
 from stackwise.data.batches import Batch
 from stackwise.data.hashing import uniform
 from stackwise.data.masking import bert_mask

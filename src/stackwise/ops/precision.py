@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from stackwise.config.schema import TrainingConfig
+from stackwise.config.run import TrainingConfig
 from stackwise.errors import UserError
 
 

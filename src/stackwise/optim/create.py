@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.optim.kinds import optimizer_of
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.schema import OptimizerConfig
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.optim.stored_adamw import BLOCK, CHUNK, STEP_BYTES, StoredAdamW
 
 Named = Mapping[str, nn.Parameter]

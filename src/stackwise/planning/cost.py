@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import ObjectiveName, OptimizerConfig
+from stackwise.config.objectives import ObjectiveName
+from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.phases import Adapter, Phase, Precision
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from stackwise.config.schema import TrainingConfig
+from stackwise.config.run import TrainingConfig
 from stackwise.errors import UserError
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import DataConfig
+from stackwise.config.data import DataConfig
 from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase

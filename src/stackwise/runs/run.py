@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import TrainingConfig
+from stackwise.config.run import TrainingConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
 from stackwise.config.messages import show
-from stackwise.config.schema import Fraction, Size
+from stackwise.config.section import Fraction, Size
 from stackwise.errors import RunError
 from stackwise.growth.phases import AdapterKind, Precision
 from stackwise.store.checkpoints import Checkpoint, CheckpointError, CheckpointStore

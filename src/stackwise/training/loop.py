@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import ObjectiveName
+from stackwise.config.objectives import ObjectiveName
 from stackwise.errors import RunError, StoppedBySignal, UserError
 from stackwise.growth.phases import Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of

@@ -8,7 +8,7 @@ from typing import Any, Self, get_args
 from torch import nn
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.schema import AttentionPreset
+from stackwise.config.model import AttentionPreset
 from stackwise.model.attention.core import CoreAttention
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 

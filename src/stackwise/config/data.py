@@ -1,0 +1,67 @@
+"""The section ``data``: the text and its tokenizer."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stackwise.config.section import Section, Size, as_tuple, conflict
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bytes", "characters", "bpe", "pretrained"] = Field(
+        "bpe", description="bytes; characters; bpe (trained on the corpus); pretrained (from path)"
+    )
+    vocab_size: Annotated[Size, Field(ge=260)] = Field(4096, description="bpe: size of the trained vocabulary")
+    path: str | None = Field(
+        None, description="pretrained: a tokenizer.json, a Hugging Face folder, or the tokenizer folder of a run"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "pretrained" and self.path is None:
+            raise conflict("path", "must name a tokenizer.json or a folder when kind is pretrained")
+        if self.kind != "pretrained" and self.path is not None:
+            raise conflict(
+                "path", f"{reprlib.repr(self.path)} is only read when kind is pretrained (kind is {self.kind})"
+            )
+        return self
+
+
+class DataConfig(Section):
+    source: Literal["python-stdlib", "files", "huggingface"] = Field(
+        "python-stdlib",
+        description="python-stdlib: the library sources on this machine; files: path; huggingface: a data set",
+    )
+    path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="files: a file, folder, glob or list (text, .jsonl, .parquet); huggingface: its name"
+    )
+    subset: str | None = Field(None, description="huggingface: the configuration of the data set")
+    split: str = Field("train", description="huggingface: the split to read")
+    text_field: str = Field("text", description="Field of .jsonl and .parquet records that holds the text")
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="Share of the text kept for validation"
+    )
+    validation_split: Literal["auto", "documents", "tail"] = Field(
+        "auto",
+        description="documents: whole documents, chosen by content; tail: the end of each document; "
+        "auto: documents where there are at least 20, else tail",
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    cache_dir: str | None = Field(
+        None, description="Where token stores are kept; null: $STACKWISE_CACHE, else ~/.cache/stackwise"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "python-stdlib" and self.path is not None:
+            raise conflict(
+                "path", f"{reprlib.repr(self.path)} is not read when source is python-stdlib; set data.source: files"
+            )
+        if self.source != "python-stdlib" and not self.path:
+            raise conflict("path", f"must be set when source is {self.source}")
+        if self.source == "huggingface" and not isinstance(self.path, str):
+            raise conflict("path", f"{list(self.path or ())!r} must be one data set name when source is huggingface")
+        return self

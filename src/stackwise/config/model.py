@@ -1,0 +1,351 @@
+"""The section ``model``: sizes, attention, norms, embedding."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stackwise.config.section import MAX_BLOCKS, Blocks, PositiveInt, Section, Size, Stacks, as_tuple, conflict
+
+AttentionPreset = Literal[
+    "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
+]
+DEFAULT_KERNEL_DIM = 64
+"""Random features where ``kernel_dim`` is null."""
+_WITH_LATENTS = ("mla_attention", "mlgka", "custom")
+_WITH_KERNELS = ("kernel_attention", "mlgka", "custom")
+
+
+class ArchitectureConfig(Section):
+    n_stacks: Stacks = Field(4, description="Stacks of the whole Rack")
+    blocks_per_stack: Annotated[Blocks | tuple[Blocks, ...], BeforeValidator(as_tuple)] = Field(
+        2, description="Blocks (transformer layers) in each Stack, or a list: one number for each Stack's id"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.blocks_per_stack, tuple) and len(self.blocks_per_stack) < self.n_stacks:
+            raise conflict(
+                "blocks_per_stack",
+                f"has {len(self.blocks_per_stack)} entries for {self.n_stacks} Stacks (n_stacks); give one a Stack",
+            )
+        if (total := self.blocks_before(self.n_stacks)) > MAX_BLOCKS:
+            raise conflict("blocks_per_stack", f"makes {total:,} Blocks in all; allowed: at most {MAX_BLOCKS:,}")
+        return self
+
+    def blocks_of(self, stack_id: int) -> int:
+        """Blocks of the Stack ``stack_id``."""
+        if isinstance(self.blocks_per_stack, int):
+            return self.blocks_per_stack
+        if stack_id >= len(self.blocks_per_stack):
+            raise ValueError(
+                f"model.architecture.blocks_per_stack has no entry for Stack {stack_id}: {self.blocks_per_stack}"
+            )
+        return self.blocks_per_stack[stack_id]
+
+    def blocks_before(self, stack_id: int) -> int:
+        """Blocks of all Stacks with a smaller id."""
+        if isinstance(self.blocks_per_stack, int):
+            return self.blocks_per_stack * stack_id
+        if stack_id > len(self.blocks_per_stack):
+            self.blocks_of(stack_id - 1)  # raises
+        return sum(self.blocks_per_stack[:stack_id])
+
+
+class AttentionCustomConfig(Section):
+    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
+
+    attention_type: Literal["mha", "mla"] = Field(
+        "mha", description="custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
+    )
+    attention_mode: Literal["causal", "bidirectional"] | None = Field(
+        None, description="custom: null: causal for clm, bidirectional for mlm"
+    )
+    mla_rq: Size | None = Field(
+        None, description="Rank of latent queries; null: d_model / 4 (custom and shared latents: queries are full)"
+    )
+    mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
+    mla_latents: Literal["shared", "separate"] | None = Field(
+        None,
+        description="shared: one latent for keys and values and a rotary key beside it (DeepSeek-V3); "
+        "separate: a factor for each of q, k, v; null: shared, for mlgka separate",
+    )
+    mla_rope_dim: Size | None = Field(
+        None, description="Rotary dimensions beside each head of shared latents; null: half the head size"
+    )
+    mla_v_head_dim: Size | None = Field(None, description="Size of a value head of shared latents; null: the head size")
+    kernel_type: Literal["linear", "gaussian", "laplacian", "uniform"] | None = Field(
+        None, description="Kernel of queries and keys; null: kernel_attention gaussian, mlgka laplacian, custom linear"
+    )
+    kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
+        None, description="Random features of kernels as logits, an even number; null: 64"
+    )
+    kernel_meaning: Literal["logit", "weight"] = Field(
+        "logit", description="logit: softmax over the kernel; weight: the kernel itself, normalised (exact)"
+    )
+    kernel_norm: Literal["l2", "l1"] = Field(
+        "l2", description="Distance of the laplacian; l1 is not a function of relative positions after rotary ones"
+    )
+    kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Bandwidth s of the kernel; null: from the head size"
+    )
+    learned_temperature: bool = Field(False, description="Kernels as logits: each head's temperature trains")
+
+
+class TokenizerEmbeddingConfig(Section):
+    family: str | None = Field(
+        None,
+        description="A Hugging Face model, a folder or a name on the hub, whose token table and tokenizer are taken; "
+        "null: none",
+    )
+    embedding_option: Literal["embed_tokens", "lm_head"] | None = Field(
+        None, description="The matrix of family to take: its input's or its head's; null: embed_tokens"
+    )
+    freeze_embeddings: bool = Field(False, description="Keep the token embedding at its initial values")
+    adapter_hidden_dim: Size | None = Field(
+        None,
+        description="Hidden width of the adapter from family's table to d_model; null: d_model, and no adapter where "
+        "the table has that width",
+    )
+    embedding_dim: Size | None = Field(None, description="Width of family's table; null: read there")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.family is None:
+            for key in ("embedding_option", "adapter_hidden_dim", "embedding_dim"):
+                if getattr(self, key) is not None:
+                    raise conflict(key, f"{getattr(self, key)!r} is only read beside family, which is null")
+        return self
+
+
+class ModelConfig(Section):
+    initial: str | None = Field(
+        None, description="A run whose Rack is there before the first phase (train --from sets it); null: none"
+    )
+    vocab_size: Size | None = Field(None, description="null: the tokenizer's")
+    d_model: Size = Field(128, description="Width of the hidden state")
+    n_heads: Size = Field(4, description="Query heads; must divide d_model, unless head_dim is set")
+    n_kv_heads: Size | None = Field(
+        None, description="Key and value heads; null: n_heads (efficient_gqa and mlgka: n_heads / 4, at least 1)"
+    )
+    head_dim: Size | None = Field(None, description="Size of a head; null: d_model / n_heads")
+    d_ff: Size | None = Field(
+        None, description="Width of the feed-forward; null: 8/3 d_model (gelu: 4 d_model), rounded up to 32"
+    )
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    attention_preset: AttentionPreset | None = Field(
+        None,
+        description="null: full attention in the direction that the objective needs; gpt_style: causal; bert_style: "
+        "bidirectional; the others in the objective's direction too: efficient_gqa: shared key/value heads; "
+        "mla_attention: latent (DeepSeek-V3); kernel_attention: a kernel as logit; mlgka: latent, grouped and kernel; "
+        "custom: see attention_custom",
+    )
+    attention_custom: AttentionCustomConfig = AttentionCustomConfig()
+    qk_norm: bool = Field(False, description="RMSNorm over each head's queries and keys (Qwen3)")
+    window: Annotated[Size, Field(ge=2)] | None = Field(
+        None, description="Local attention: tokens in a window (bidirectional: half to each side); null: all tokens"
+    )
+    global_every: PositiveInt | None = Field(
+        None, description="With window: every so many Blocks, from the first on, see all tokens; null: none does"
+    )
+    local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="Base of the rotary frequencies of local Blocks; null: rope_theta"
+    )
+    use_rope: bool = Field(True, description="Rotary positions on queries and keys")
+    rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
+    learned_positions: Size | None = Field(
+        None, description="Rows of a learned table of positions, the longest sequence; null: no table"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="rmsnorm or layernorm, everywhere")
+    norm_eps: Annotated[float, Field(gt=0.0)] = Field(1e-5, description="Epsilon of the norms")
+    norm_bias: bool | None = Field(None, description="LayerNorms have biases; null: as bias says")
+    embedding_norm: bool = Field(False, description="A norm after the embedding (BERT)")
+    first_attention_norm: bool = Field(
+        True, description="false: attention of the very first Block reads its input without a norm (ModernBERT)"
+    )
+    ffn: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = Field(
+        "swiglu", description="swiglu, geglu: gated; gelu: two matrices; gelu_tanh: with GPT-2's approximation"
+    )
+    bias: bool = Field(False, description="Linear layers have biases")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="After the embedding, in attention and after each residual branch"
+    )
+    tie_embeddings: bool = Field(False, description="Head shares the embedding's matrix (not with a frozen trunk)")
+    mlm_head: bool = Field(False, description="Dense, GELU and norm before the head, and a bias on its logits (BERT)")
+    freeze_up_proj: bool = Field(False, description="Keep the feed-forward's up-projections at their initial values")
+    tokenizer_embedding: TokenizerEmbeddingConfig = TokenizerEmbeddingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        custom = self.attention_custom
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise conflict("n_heads", f"{self.n_heads} does not divide d_model ({self.d_model})")
+        if self.use_rope and self.head_size % 2 and not self._has_shared_latent:
+            raise conflict(
+                "n_heads" if self.head_dim is None else "head_dim",
+                f"{self.n_heads if self.head_dim is None else self.head_dim} gives heads of odd size {self.head_size}; "
+                "rotary positions (use_rope) need an even one",
+            )
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise conflict("n_kv_heads", f"{self.n_kv_heads} does not divide n_heads ({self.n_heads})")
+        if self.attention_preset == "efficient_gqa" and self.kv_heads == self.n_heads:
+            raise conflict(
+                "n_kv_heads",
+                f"{self.kv_heads} equals n_heads; efficient_gqa needs fewer key/value heads "
+                "(use gpt_style or bert_style for full attention)",
+            )
+        preset = self.attention_preset
+        self._read_by(_WITH_LATENTS, "mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim")
+        self._read_by(
+            _WITH_KERNELS, "kernel_type", "kernel_dim", "kernel_meaning", "kernel_norm", "kernel_bandwidth",
+            "learned_temperature",
+        )  # fmt: skip
+        self._read_by(("custom",), "attention_type", "attention_mode")
+        if preset == "custom" and custom.attention_type == "mha":
+            for key in ("mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim"):
+                if getattr(custom, key) is not None:
+                    raise conflict(
+                        f"attention_custom.{key}",
+                        f"{getattr(custom, key)!r} is read when attention_type is mla (it is mha)",
+                    )
+        if self.latents != "shared":
+            for key in ("mla_rope_dim", "mla_v_head_dim"):
+                if getattr(custom, key) is not None:
+                    raise conflict(f"attention_custom.{key}", f"{getattr(custom, key)} is of shared latents")
+        if self._has_shared_latent and self.use_rope and self.shared_rope_dim % 2:
+            raise conflict(
+                "attention_custom.mla_rope_dim", f"{self.shared_rope_dim} is odd; rotary positions need pairs"
+            )
+        if self._has_shared_latent and self.use_rope and self.shared_rope_dim < 2:
+            raise conflict(
+                "attention_custom.mla_rope_dim",
+                f"null gives {self.shared_rope_dim} for heads of size {self.head_size}; set it",
+            )
+        if self._has_shared_latent and not self.use_rope and custom.mla_rope_dim is not None:
+            raise conflict("attention_custom.mla_rope_dim", f"{custom.mla_rope_dim} is not read when use_rope is false")
+        if self.qk_norm and self.latents is not None:
+            raise conflict("qk_norm", "true goes with full projections; latents have norms of their own")
+        self._check_kernel()
+        if self.window is None and (self.global_every is not None or self.local_rope_theta is not None):
+            key = "global_every" if self.global_every is not None else "local_rope_theta"
+            raise conflict(key, f"{getattr(self, key):g} is only read beside window, which is null")
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise conflict("norm_bias", "true, but RMSNorm has no bias; set norm: layernorm")
+        return self
+
+    def _read_by(self, presets: tuple[str, ...], *keys: str) -> None:
+        """Refuses details that the attention preset would not read."""
+        if self.attention_preset in presets:
+            return
+        for key in keys:
+            value = getattr(self.attention_custom, key)
+            if value != type(self.attention_custom).model_fields[key].default:
+                preset = self.attention_preset or "null"
+                wanted = f"when attention_preset is {presets[0]} (it is {preset})"
+                if len(presets) > 1:
+                    wanted = f"by the presets {', '.join(presets)} (attention_preset is {preset})"
+                raise conflict(f"attention_custom.{key}", f"{value!r} is read {wanted}")
+
+    def _check_kernel(self) -> None:
+        custom, kernel = self.attention_custom, self.kernel_type
+        if kernel == "linear":
+            for key in ("kernel_dim", "kernel_bandwidth"):
+                if getattr(custom, key) is not None:
+                    raise conflict(
+                        f"attention_custom.{key}", f"{getattr(custom, key)} is of kernels; kernel_type is linear"
+                    )
+            if self.attention_preset in ("kernel_attention", "mlgka"):
+                raise conflict(
+                    "attention_custom.kernel_type",
+                    f"'linear' is no kernel, and {self.attention_preset} is named for one; "
+                    "allowed: gaussian, laplacian, uniform",
+                )
+        if custom.learned_temperature and (kernel == "linear" or custom.kernel_meaning == "weight"):
+            raise conflict("attention_custom.learned_temperature", "true goes with kernels as logits")
+        if custom.kernel_dim is not None and custom.kernel_dim % 2:
+            raise conflict("attention_custom.kernel_dim", f"{custom.kernel_dim} is odd; features come in pairs")
+        if custom.kernel_meaning == "weight":
+            if kernel not in ("gaussian", "laplacian") or custom.kernel_norm == "l1":
+                raise conflict(
+                    "attention_custom.kernel_meaning",
+                    f"'weight' is exact for gaussian and the l2 laplacian; not for {kernel} ({custom.kernel_norm})",
+                )
+            if custom.kernel_dim is not None:
+                raise conflict(
+                    "attention_custom.kernel_dim", f"{custom.kernel_dim}, but kernels as weights use no features"
+                )
+            if kernel == "laplacian" and self.dropout:
+                raise conflict("dropout", f"{self.dropout} cannot drop weights of the laplacian; set it to 0")
+
+    @property
+    def kv_heads(self) -> int:
+        if self.n_kv_heads is not None:
+            return self.n_kv_heads
+        if self.attention_preset in ("efficient_gqa", "mlgka"):
+            wanted = max(1, self.n_heads // 4)
+            return max(n for n in range(1, wanted + 1) if self.n_heads % n == 0)
+        return self.n_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // 96) * 32 if self.ffn in ("swiglu", "geglu") else -(-self.d_model // 8) * 32
+
+    @property
+    def latents(self) -> Literal["shared", "separate"] | None:
+        """How keys and values are latent, or ``None`` where they are not."""
+        custom = self.attention_custom
+        match self.attention_preset:
+            case "mla_attention":
+                return custom.mla_latents or "shared"
+            case "mlgka":
+                return custom.mla_latents or "separate"
+            case "custom" if custom.attention_type == "mla":
+                return custom.mla_latents or "shared"
+        return None
+
+    @property
+    def _has_shared_latent(self) -> bool:
+        return self.latents == "shared"
+
+    @property
+    def shared_rope_dim(self) -> int:
+        """Rotary dimensions beside each head, with shared latents."""
+        wanted = self.attention_custom.mla_rope_dim
+        return wanted if wanted is not None else self.head_size // 4 * 2
+
+    @property
+    def latent_ranks(self) -> tuple[int | None, int | None]:
+        """Ranks of queries, and of keys and values; ``None`` where they are full."""
+        if self.latents is None:
+            return None, None
+        custom, quarter = self.attention_custom, max(1, self.d_model // 4)
+        full_queries = self.attention_preset == "custom" and self.latents == "shared"
+        r_q = custom.mla_rq if custom.mla_rq is not None else (None if full_queries else quarter)
+        return r_q, custom.mla_rkv if custom.mla_rkv is not None else quarter
+
+    @property
+    def kernel_type(self) -> Literal["linear", "gaussian", "laplacian", "uniform"]:
+        match self.attention_preset:
+            case "kernel_attention":
+                return self.attention_custom.kernel_type or "gaussian"
+            case "mlgka":
+                return self.attention_custom.kernel_type or "laplacian"
+            case "custom":
+                return self.attention_custom.kernel_type or "linear"
+        return "linear"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head has parameters of its own."""
+        return self.mlm_head or not self.tie_embeddings
+
+    @property
+    def norm_has_bias(self) -> bool:
+        return self.norm == "layernorm" and (self.bias if self.norm_bias is None else self.norm_bias)

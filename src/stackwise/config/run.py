@@ -1,0 +1,285 @@
+"""The section ``training`` as a whole, and the three sections of a run with what follows from them together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stackwise.config.data import DataConfig
+from stackwise.config.growth import TRAINABLE_PRECISIONS, CacheConfig, PhaseConfig, ProgressiveConfig, QLoRAConfig
+from stackwise.config.model import DEFAULT_KERNEL_DIM, ModelConfig
+from stackwise.config.objectives import ClassificationConfig, DiffusionConfig, MaskingConfig, ObjectiveName
+from stackwise.config.optimization import OptimizerConfig, ScheduleConfig
+from stackwise.config.section import PositiveInt, Section, Size, as_tuple, conflict
+
+DEFAULT_STEPS = 1000
+"""Budget when none of max_steps, max_tokens and max_flops is set."""
+TIGHT_FROM_WIDTH = 512
+"""``cpu_allocator: auto`` is tight from this d_model on."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = Field(500, description="Save every so many steps (and at every phase's end)")
+    keep_last: PositiveInt = Field(2, description="Checkpoints kept; older ones are deleted")
+
+
+class EvaluationConfig(Section):
+    every_steps: PositiveInt | None = Field(
+        None, description="Validate every so many steps; null: at the end of every phase"
+    )
+    max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
+    draws: Size = Field(1, description="diffusion: masks drawn for each sequence that is scored")
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = Field(10, description="A line of metrics every so many steps")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra: track)")
+
+
+class TrainingConfig(Section):
+    alternatives = ("max_steps", "max_tokens", "max_flops")
+
+    strategy: Literal["progressive", "end_to_end", "phases"] = Field(
+        "progressive",
+        description="progressive: grow Stack by Stack; end_to_end: the whole Rack at once; phases: as phases lists",
+    )
+    end_to_end_scope: Literal["rackwise", "stackwise", "blockwise"] = Field(
+        "rackwise", description="end_to_end: what trains at a time: everything, one Stack after another, one Block"
+    )
+    phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="strategy phases: the phases, in order; each adds Stacks, or trains some, or sweeps over all"
+    )
+    batch_size: Size = Field(16, description="Sequences in one optimizer step")
+    micro_batch_size: Size | None = Field(
+        None, description="Sequences in one forward pass (gradients accumulate); null: batch_size"
+    )
+    seq_len: Size = Field(256, description="Tokens in a sequence")
+    max_steps: PositiveInt | None = Field(
+        None,
+        description=f"Budget in steps; set one of max_steps, max_tokens, max_flops (none: {DEFAULT_STEPS} steps)",
+    )
+    max_tokens: PositiveInt | None = Field(None, description="Budget in training tokens")
+    max_flops: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Budget in true FLOPs of training steps"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Fixes initial weights, batches, masks and dropout"
+    )
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
+        1.0, description="Largest global gradient norm; null: no clipping"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of matrix products; auto: bfloat16 autocast on cuda that has it, else float32"
+    )
+    cpu_allocator: Literal["auto", "tight", "fast"] = Field(
+        "auto",
+        description="On a CPU: tight gives freed tensors back to the system at once, and memory stays at the plan's; "
+        "fast keeps them for reuse (about a third more memory); auto: tight from d_model 512 on",
+    )
+    compile: bool = Field(False, description="torch.compile the Stacks")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each Block's activations in the backward pass: less memory, more FLOPs"
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
+    masking: MaskingConfig = MaskingConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    classification: ClassificationConfig = ClassificationConfig()
+    qlora: QLoRAConfig = QLoRAConfig()
+    cache: CacheConfig = CacheConfig()
+    offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where frozen Stacks wait: none: on the device; host: in this machine's memory; disk: in the run's "
+        "checkpoint. What is not on the device is brought one Stack at a time, the next one ahead",
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [key for key in self.alternatives if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise conflict(
+                given[1],
+                f"{getattr(self, given[1])} and {given[0]} ({getattr(self, given[0])}) are both set; keep one budget",
+            )
+        if self.optimizer.in_backward and self.grad_clip is not None:
+            raise conflict(
+                "optimizer.in_backward",
+                f"true cannot clip by the norm of all gradients (grad_clip is {self.grad_clip:g}), which is not known "
+                "before the first update; set grad_clip: null",
+            )
+        trains_bf16 = self.progressive.new_stack_precision == "bfloat16"
+        if trains_bf16 and self.optimizer.optimizer_type != "adamw":
+            raise conflict(
+                "progressive.new_stack_precision",
+                f"'bfloat16' weights are updated by adamw, which rounds at random; optimizer_type is "
+                f"{self.optimizer.optimizer_type}",
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise conflict(
+                "micro_batch_size",
+                f"{self.micro_batch_size} does not divide batch_size ({self.batch_size})",
+            )
+        return self
+
+    @property
+    def budget(self) -> tuple[Literal["steps", "tokens", "flops"], float]:
+        """The unit and the size of the training budget."""
+        if self.max_tokens is not None:
+            return "tokens", self.max_tokens
+        if self.max_flops is not None:
+            return "flops", self.max_flops
+        return "steps", self.max_steps if self.max_steps is not None else DEFAULT_STEPS
+
+    @property
+    def objectives(self) -> tuple[ObjectiveName, ...]:
+        """Those of the phases, in the order of their first use."""
+        default = self.progressive.training_objective
+        return tuple(dict.fromkeys(entry.objective or default for entry in self.phases)) or (default,)
+
+    @property
+    def objective(self) -> ObjectiveName:
+        """What the run is trained for: the objective of its last phase."""
+        return (self.phases and self.phases[-1].objective) or self.progressive.training_objective
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the tokenizer must have a mask token."""
+        return not {"mlm", "diffusion"}.isdisjoint(self.objectives)
+
+    @property
+    def depth_variant(self) -> Literal["experts", "suffix", "prefix"] | None:
+        """How Stacks share the noise levels; ``None``: depth is no time."""
+        return self.diffusion.depth_variant if self.progressive.time_interpretation == "depth" else None
+
+
+class Settings(Section):
+    """The fields of a whole run; ``StackWiseConfig`` adds reading and writing."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+
+    def trunks(self) -> dict[str, str]:
+        """What the trunk does when Stacks join one, by the key that says it."""
+        training, default = self.training, "training.progressive.trunk_strategy"
+        strategy, present = training.progressive.trunk_strategy, self.model.initial is not None
+        if training.strategy == "progressive":
+            return {default: strategy} if present or self.target_stacks > 1 else {}
+        return {
+            default if entry.trunk is None else f"training.phases[{i}].trunk": entry.trunk or strategy
+            for i, entry in enumerate(training.phases)
+            if entry.add == "each" or (entry.add is not None and (present or i > 0))
+        }
+
+    @property
+    def freezes_stacks(self) -> bool:
+        """Whether there are Stacks that do not train, in some phase."""
+        training = self.training
+        if training.strategy == "end_to_end":
+            return training.end_to_end_scope != "rackwise"
+        some = any(entry.sweep or entry.unfreeze or isinstance(entry.trains, tuple) for entry in training.phases)
+        stored = training.progressive.new_stack_precision not in TRAINABLE_PRECISIONS
+        return some or stored or bool(set(self.trunks().values()) - {"trainable"})
+
+    @property
+    def tight_allocator(self) -> bool:
+        """Whether freed tensors leave the process at once (on a CPU): the cost of that falls with the width."""
+        wanted = self.training.cpu_allocator
+        return wanted == "tight" or (wanted == "auto" and self.model.d_model >= TIGHT_FROM_WIDTH)
+
+    @property
+    def target_stacks(self) -> int:
+        return self.training.progressive.target_stacks or self.model.architecture.n_stacks
+
+    @property
+    def attention_mode(self) -> Literal["causal", "bidirectional"]:
+        """The direction of attention of the trained Rack."""
+        return self.mode_of(self.training.objective)
+
+    def mode_of(self, objective: ObjectiveName) -> Literal["causal", "bidirectional"]:
+        """The direction of attention: the preset's, or that of ``objective`` where the preset leaves it open."""
+        causal = objective in ("clm", "custom")
+        needed: Literal["causal", "bidirectional"] = "causal" if causal else "bidirectional"
+        match self.model.attention_preset:
+            case "gpt_style":
+                return "causal"
+            case "bert_style":
+                return "bidirectional"
+            case "custom":
+                return self.model.attention_custom.attention_mode or needed
+        return needed
+
+    @property
+    def time_fields(self) -> dict[str, Any]:
+        """How the model is told the noise level: fields of a ``RackSpec``, empty where it is not."""
+        if self.training.progressive.time_interpretation != "input":
+            return {}
+        diffusion = self.training.diffusion
+        return {"time_embedding": diffusion.time_embedding, "time_dim": diffusion.time_dim}
+
+    def block_fields(self, stack_id: int = 0, index: int = 0) -> dict[str, Any]:
+        """The Block ``index`` of the Stack ``stack_id``, as the fields of a ``BlockSpec``."""
+        model, custom = self.model, self.model.attention_custom
+        r_q, r_kv = model.latent_ranks
+        number = model.architecture.blocks_before(stack_id) + index if stack_id or index else 0
+        is_global = model.window is None or (model.global_every is not None and number % model.global_every == 0)
+        kernel = model.kernel_type
+        return {
+            "d_model": model.d_model,
+            "d_ff": model.ff_width,
+            "n_heads": model.n_heads,
+            "n_kv_heads": model.kv_heads,
+            "attention_mode": self.attention_mode,
+            "dropout": model.dropout,
+            "freeze_up_proj": model.freeze_up_proj,
+            "use_rope": model.use_rope,
+            "rope_theta": model.rope_theta if is_global else model.local_rope_theta or model.rope_theta,
+            "norm_eps": model.norm_eps,
+            "head_dim": model.head_dim,
+            "norm": model.norm,
+            "norm_bias": model.norm_has_bias,
+            "attention_norm": number > 0 or model.first_attention_norm,
+            "ffn": model.ffn,
+            "bias": model.bias,
+            "qk_norm": model.qk_norm,
+            "window": None if is_global else model.window,
+            "r_q": r_q,
+            "r_kv": r_kv,
+            "latents": model.latents or "shared",
+            "rope_dim": custom.mla_rope_dim,
+            "v_head_dim": custom.mla_v_head_dim,
+            "kernel_type": kernel,
+            "kernel_dim": custom.kernel_dim or DEFAULT_KERNEL_DIM,
+            "kernel_meaning": custom.kernel_meaning,
+            "kernel_norm": custom.kernel_norm,
+            "kernel_bandwidth": custom.kernel_bandwidth,
+            "learned_temperature": custom.learned_temperature,
+            "time_dim": self.time_fields.get("time_dim"),
+        }
+
+    def rack_fields(self, vocab_size: int) -> dict[str, Any]:
+        """What is not in the Stacks, as the fields of a ``RackSpec``."""
+        model = self.model
+        return {
+            "vocab_size": vocab_size,
+            "d_model": model.d_model,
+            "tie_embeddings": model.tie_embeddings,
+            "dropout": model.dropout,
+            "norm": model.norm,
+            "norm_eps": model.norm_eps,
+            "norm_bias": model.norm_has_bias,
+            "bias": model.bias,
+            "freeze_embeddings": model.tokenizer_embedding.freeze_embeddings,
+            "learned_positions": model.learned_positions,
+            "embedding_norm": model.embedding_norm,
+            "mlm_head": model.mlm_head,
+            "embedding_dim": model.tokenizer_embedding.embedding_dim,
+            "adapter_hidden_dim": model.tokenizer_embedding.adapter_hidden_dim,
+            **self.time_fields,
+        }
