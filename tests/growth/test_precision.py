@@ -7,7 +7,7 @@ from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.model.linear import linears
-from stackwise.ops.storage import PRECISIONS, bytes_per_weight
+from stackwise.ops.storage import STORAGES
 from variants import BLOCKS, rack_of
 
 MANAGER = PrecisionManager()
@@ -17,7 +17,7 @@ def rack(d_model=64, d_ff=160, n_stacks=3):
     return create_simple_rack(n_stacks, 1, d_model, d_ff, 4, 37)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_a_stored_stack_takes_the_bytes_of_its_format(precision):
     stack = rack().stacks[0]
     weights = sum(layer.weight.numel() for _, layer in linears(stack))
@@ -25,7 +25,7 @@ def test_a_stored_stack_takes_the_bytes_of_its_format(precision):
     changed = MANAGER.store(stack, precision)
     assert changed == (precision != "full") and not MANAGER.store(stack, precision)
     assert MANAGER.precision_of(stack) == precision
-    assert MANAGER.stored_bytes(stack) == pytest.approx(weights * bytes_per_weight(precision), rel=0.05)
+    assert MANAGER.stored_bytes(stack) == pytest.approx(weights * STORAGES[precision].bytes_per_weight, rel=0.05)
     assert parameters_of(stack) == parameters  # however they are stored
     held = sum(t.numel() * t.element_size() for t in stack.state_dict().values())
     norms = 2 * 64 * 4
@@ -41,7 +41,7 @@ def test_a_frozen_trunk_in_four_bits_takes_less_than_sixteen_hundredths_of_fp32(
     assert sum(stored) / sum(full) <= 0.16  # norms in fp32 included
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_variant_runs_in_every_storage_with_gradients_to_its_input(name, precision):
     model = rack_of(name)
@@ -56,7 +56,7 @@ def test_every_variant_runs_in_every_storage_with_gradients_to_its_input(name, p
     assert model.embedding.weight.grad.isfinite().all() and model.embedding.weight.grad.any()
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in ("full", "bfloat16")])
+@pytest.mark.parametrize("precision", [p for p in STORAGES if p not in ("full", "bfloat16")])
 def test_a_part_that_cannot_train_is_refused_with_the_reason(precision):
     model = rack()
     MANAGER.store(model.stacks[1], precision)

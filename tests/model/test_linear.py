@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from stackwise.model.linear import Linear, LowRank
-from stackwise.ops.storage import BLOCKS, PRECISIONS
+from stackwise.ops.storage import STORAGES
 
 N_IN, N_OUT = 37, 23
 
@@ -31,7 +31,7 @@ def inputs(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_output_and_gradient_are_those_of_the_stored_matrix(precision, bias):
     made, x = layer(precision, bias), inputs()
     expected = F.linear(x, made.dense(), made.bias)
@@ -41,7 +41,7 @@ def test_output_and_gradient_are_those_of_the_stored_matrix(precision, bias):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_autocast_multiplies_in_its_dtype(precision):
     made, x = layer(precision), inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -55,7 +55,7 @@ def test_autocast_multiplies_in_its_dtype(precision):
     torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("precision", [*BLOCKS, "half", "bfloat16"])
+@pytest.mark.parametrize("precision", [name for name in STORAGES if name != "full"])
 def test_nothing_dense_is_kept_for_the_backward_pass(precision):
     made, x = layer(precision), inputs()
     saved = []
@@ -93,7 +93,7 @@ def test_gradients_of_factors_are_those_of_finite_differences(precision):
     assert torch.autograd.gradcheck(output, (x, low.A.detach().requires_grad_(), low.B.detach().requires_grad_()))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_adapters_add_what_their_factors_say_and_alone_get_gradients(precision):
     made, x = adapted(precision), inputs()
     matrix = made.dense()
@@ -108,7 +108,7 @@ def test_adapters_add_what_their_factors_say_and_alone_get_gradients(precision):
     torch.testing.assert_close(made.merged(), matrix.detach(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_compiled_gives_the_same(precision):
     torch._dynamo.reset()
     made, x = adapted(precision), inputs()
@@ -119,7 +119,7 @@ def test_compiled_gives_the_same(precision):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_a_frozen_layer_whose_input_needs_no_gradient_compiles_whole(precision):
     torch._dynamo.reset()
     made, x = layer(precision).requires_grad_(False), inputs()
@@ -128,7 +128,7 @@ def test_a_frozen_layer_whose_input_needs_no_gradient_compiles_whole(precision):
     assert torch.equal(made(x.detach()), made(x).detach())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_state_goes_through_a_dictionary_and_back_to_full(precision):
     made, other = adapted(precision), adapted(precision, rank=3)
     for p in other.parameters():

@@ -1,13 +1,27 @@
 """Stored matrices: their bytes, their errors, and plain references."""
 
 import math
+import typing
 from itertools import pairwise
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stackwise.ops.storage import BLOCKS, DTYPES, E2M1, NF4, PRECISIONS, bytes_per_weight, decode, encode
+from stackwise.config.growth import TRAINABLE_PRECISIONS, PrecisionName
+from stackwise.ops.storage import E2M1, NF4, STORAGES
+
+BLOCKS = {"fp8": 128, "int8": 128, "nf4": 64, "nvfp4": 16}
+"""Weights that share a scale, by storage."""
+DTYPES = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def encode(weight, precision):
+    return STORAGES[precision].encode(weight)
+
+
+def bytes_per_weight(precision):
+    return STORAGES[precision].bytes_per_weight
 
 
 def drawn(*shape, seed=0):
@@ -19,7 +33,7 @@ def size(stored):
 
 
 def through(weight, precision):
-    return decode(encode(weight, precision), precision, weight.shape, torch.float32)
+    return STORAGES[precision].decode(encode(weight, precision), weight.shape, torch.float32)
 
 
 def blocks(weight, n):
@@ -40,7 +54,13 @@ def test_stored_bytes_are_within_five_percent_of_theory(precision):
 def test_four_bits_take_less_than_sixteen_hundredths_of_fp32():
     assert bytes_per_weight("nf4") / bytes_per_weight("full") < 0.16
     assert [bytes_per_weight(p) for p in ("full", "half", "bfloat16")] == [4, 2, 2]
-    assert set(BLOCKS) | set(DTYPES) == set(PRECISIONS)
+
+
+def test_a_config_allows_the_storages_that_there_are_and_trains_those_that_train():
+    assert typing.get_args(PrecisionName) == tuple(STORAGES) and {*BLOCKS, *DTYPES} == set(STORAGES)
+    assert tuple(name for name, storage in STORAGES.items() if storage.trains) == TRAINABLE_PRECISIONS
+    for name, storage in STORAGES.items():
+        assert tuple(storage.encode(drawn(3, 5))) == storage.names, name
 
 
 @pytest.mark.parametrize("precision", BLOCKS)

@@ -12,7 +12,7 @@ from stackwise.growth.rack_builder import prepare_phase, set_trainable
 from stackwise.model.architecture import Stacks, create_rack_from_config, create_simple_rack
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.precision import autocast
-from stackwise.ops.storage import PRECISIONS
+from stackwise.ops.storage import STORAGES
 from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_step
 from stackwise.planning.plan import Plan, plan_phases
 from stackwise.training.offload import Offload
@@ -202,7 +202,7 @@ PHASES = {
     "adapters alone": (phase_of(APPENDED, adapters=LORA[2:], precision=((0, "int8"), (2, "nvfp4"))), ()),
     "one Block": (phase_of(APPENDED, "stack.1/blocks.0", "norm"), ("model.architecture.blocks_per_stack=2",)),
     "bfloat16 that trains": (phase_of(APPENDED, *TRAINS, precision=((NEW, "bfloat16"),)), ()),
-    **{f"above in {precision}": (stored(PREPENDED, precision), ()) for precision in PRECISIONS},
+    **{f"above in {precision}": (stored(PREPENDED, precision), ()) for precision in STORAGES},
     "above, streamed": (phase_of(PREPENDED, *TRAINS), STREAMED),
     "above, streamed in four bits": (stored(PREPENDED, "nf4"), STREAMED),
     "adapters on what is streamed": (stored(APPENDED, "nvfp4", adapters=LORA), STREAMED),

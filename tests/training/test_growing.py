@@ -14,7 +14,7 @@ from stackwise.growth.recipes import RECIPES, apply_recipe
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
-from stackwise.ops.storage import PRECISIONS
+from stackwise.ops.storage import STORAGES
 from stackwise.store.checkpoints import CheckpointStore, weights_sha256
 from stackwise.store.rundir import RunDir
 from stackwise.store.structure import rack_of_checkpoint
@@ -172,7 +172,7 @@ WAYS = [
 WAYS_AND_PRECISIONS = [
     pytest.param(at, trunk, lora, precision, id=f"{at}-{trunk}-{precision}")
     for at, trunk, lora in WAYS
-    for precision in (("full",) if trunk == "trainable" else PRECISIONS)
+    for precision in (("full",) if trunk == "trainable" else STORAGES)
 ]
 
 
@@ -212,7 +212,7 @@ def test_growth_as_the_identity_leaves_the_logits_bit_identical(at, trunk, lora,
         before = rack.eval()(ids)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORAGES)
 def test_a_new_stack_as_the_identity_may_be_stored_in_any_precision(precision):
     settings, ids = config(), torch.from_numpy(TOKENS[:44]).view(4, 11)
     rack = create_rack_from_config(settings, n_stacks=1, vocab_size=V)
@@ -535,7 +535,7 @@ FROZEN_RECIPES = [name for name, r in RECIPES.items() if r.training.get("progres
                   ("frozen", "qlora")]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "full"])
+@pytest.mark.parametrize("precision", [p for p in STORAGES if p != "full"])
 @pytest.mark.parametrize("recipe", FROZEN_RECIPES)
 def test_recipes_with_a_frozen_trunk_keep_it_bit_identical_in_every_storage(tmp_path, recipe, precision):
     phases, settings = phases_of(recipe, f"training.progressive.trunk_precision={precision}")

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.growth import TRAINABLE_PRECISIONS
+from stackwise.config.growth import TRAINABLE_PRECISIONS, PrecisionName
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import ScheduleConfig
 from stackwise.errors import UserError
-from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Precision, Schedule
+from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Schedule
 from stackwise.objectives.depth import Interval, intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
 
@@ -49,7 +49,7 @@ class _Course:
         self.objective: ObjectiveName | None = None
         self.drafts: list[Draft] = []
         self._cycles = 0
-        self._precision: dict[int, Precision] = {}
+        self._precision: dict[int, PrecisionName] = {}
         self._adapters: dict[tuple[int, AdapterKind], Adapter] = {}
         if config.training.qlora.varies and any(k >= config.target_stacks for k in present):
             raise UserError(
@@ -67,8 +67,8 @@ class _Course:
         at: Place,
         trunk: Trunk,
         init: Init,
-        precision: Precision,
-        new_precision: Precision,
+        precision: PrecisionName,
+        new_precision: PrecisionName,
     ) -> None:
         """The Stacks of ``group`` join and train; ``precision`` is that of a trunk that is frozen (or qlora)."""
         settings = self.config.training.progressive

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stackwise.config.growth import PrecisionName
 from stackwise.config.objectives import ObjectiveName
 from stackwise.objectives.depth import Interval
 
 OptimizerState = Literal["keep", "reset", "copy"]
 Init = Literal["random", "identity", "copy"]
-Precision = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
 AdapterKind = Literal["stack", "progressive"]
 
 
@@ -90,7 +90,7 @@ class Phase:
     schedule: Schedule
     growth: tuple[Growth, ...] = ()
     optimizer_state: OptimizerState = "keep"
-    precision: tuple[tuple[int, Precision], ...] = ()
+    precision: tuple[tuple[int, PrecisionName], ...] = ()
     adapters: tuple[Adapter, ...] = ()
     cached: bool = False
     enters: int = 0
@@ -98,7 +98,7 @@ class Phase:
     noise: tuple[Interval, ...] = ()
     objective: ObjectiveName | None = None
 
-    def precision_of(self, stack: int) -> Precision:
+    def precision_of(self, stack: int) -> PrecisionName:
         return dict(self.precision).get(stack, "full")
 
     @property

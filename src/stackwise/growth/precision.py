@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from stackwise.config.growth import PrecisionName
 from stackwise.model.linear import linears
 from stackwise.model.rack import Rack
 from stackwise.model.stack import ADAPTERS, Stack
-from stackwise.ops.storage import PRECISIONS, Precision
-
-TRAINABLE: tuple[Precision, ...] = ("full", "bfloat16")
-"""Storage whose weights an optimizer can move: fp16 would need loss scaling, and codes have no gradient."""
+from stackwise.ops.storage import STORAGES
 
 
 class PrecisionManager:
@@ -22,20 +20,15 @@ class PrecisionManager:
     in fp32. Gradients flow through what is stored to the input.
     """
 
-    precisions = PRECISIONS
-    trainable = TRAINABLE
-
-    def store(self, stack: Stack, precision: Precision) -> bool:
+    def store(self, stack: Stack, precision: PrecisionName) -> bool:
         """Keeps the matrices of ``stack`` in ``precision``; whether that changed anything. ValueError if unknown."""
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
         changed = False
         for _, layer in linears(stack):
             changed |= layer.precision != precision
             layer.store(precision)
         return changed
 
-    def precision_of(self, stack: Stack) -> Precision:
+    def precision_of(self, stack: Stack) -> PrecisionName:
         """How ``stack`` is stored. ValueError where its layers differ."""
         found = {layer.precision for _, layer in linears(stack)}
         if len(found) > 1:
@@ -54,12 +47,13 @@ class PrecisionManager:
     def check(self, rack: Rack, trains: Iterable[str]) -> None:
         """ValueError if a part of ``trains`` is stored in a precision that cannot train."""
         wanted = {part.partition("/")[0] for part in trains}
+        trainable = [name for name, storage in STORAGES.items() if storage.trains]
         for stack in rack.stacks:
             precision = self.precision_of(stack)
-            if f"stack.{stack.stack_id}" in wanted and precision not in TRAINABLE:
+            if f"stack.{stack.stack_id}" in wanted and precision not in trainable:
                 raise ValueError(
                     f"Stack {stack.stack_id} is stored in {precision}, which cannot train; "
-                    f"allowed for what trains: {', '.join(TRAINABLE)}; adapters train beside any of them"
+                    f"allowed for what trains: {', '.join(trainable)}; adapters train beside any of them"
                 )
 
     def described(self, rack: Rack) -> dict[str, str]:

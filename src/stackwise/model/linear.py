@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.ops.storage import BLOCKS, DTYPES, PRECISIONS, Precision, decode, encode
+from stackwise.config.growth import PrecisionName
+from stackwise.ops.storage import STORAGES, storage_of
 
 
 class LowRank(nn.Module):
@@ -54,26 +55,20 @@ class _Stored(torch.autograd.Function):
     """x Wᵀ with W decoded for the product and again for the gradient of x, so that nothing dense is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, precision: Precision, shape: torch.Size, names: tuple[str, ...], *stored: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, precision: PrecisionName, shape: torch.Size, *stored: Tensor) -> Tensor:
         ctx.save_for_backward(*stored)
-        ctx.precision, ctx.shape, ctx.names = precision, shape, names
-        return x @ _dense(precision, shape, names, stored, x.dtype).T
+        ctx.precision, ctx.shape = precision, shape
+        return x @ _dense(precision, shape, stored, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored = ctx.saved_tensors
-        weight = _dense(ctx.precision, ctx.shape, ctx.names, stored, grad.dtype)
-        return (grad @ weight, None, None, None, *(None for _ in stored))
+        return (grad @ _dense(ctx.precision, ctx.shape, stored, grad.dtype), None, None, *(None for _ in stored))
 
 
-def _dense(
-    precision: Precision, shape: torch.Size, names: tuple[str, ...], stored: tuple[Tensor, ...], dtype: torch.dtype
-) -> Tensor:
-    if precision in DTYPES:
-        return stored[0].to(dtype)
-    return decode(dict(zip(names, stored)), precision, shape, dtype)
+def _dense(precision: PrecisionName, shape: torch.Size, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    storage = STORAGES[precision]
+    return storage.decode(dict(zip(storage.names, stored)), shape, dtype)
 
 
 class Linear(nn.Linear):
@@ -86,32 +81,28 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.precision: Precision = "full"
+        self.precision: PrecisionName = "full"
         self.adapters = nn.ModuleDict()
 
     @torch.no_grad()
-    def store(self, precision: Precision) -> None:
-        """Keeps the matrix in ``precision`` from here on; adapters and bias stay as they are."""
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    def store(self, precision: PrecisionName) -> None:
+        """Keeps the matrix in ``precision`` from here on; adapters and bias stay as they are. ValueError if unknown."""
+        storage = storage_of(precision)
         if precision == self.precision:
             return
-        dense = self.dense()
-        for name in self._code_names():
-            delattr(self, name)
+        stored = storage.encode(self.dense())
+        for name in STORAGES[self.precision].names:
+            if name != "weight":
+                delattr(self, name)
         self.precision = precision
-        if precision in DTYPES:
-            self.weight = nn.Parameter(dense.to(DTYPES[precision]), requires_grad=False)
-            return
-        self.register_parameter("weight", None)
-        for name, tensor in encode(dense, precision).items():
+        weight = stored.pop("weight", None)
+        self.register_parameter("weight", None if weight is None else nn.Parameter(weight, requires_grad=False))
+        for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (n_out, n_in) without its adapters."""
-        names = self._code_names()
-        stored = tuple(getattr(self, name) for name in names) if names else (self.weight.detach(),)
-        return _dense(self.precision, self.shape, names, stored, dtype)
+        return _dense(self.precision, self.shape, tuple(t.detach() for t in self._stored()), dtype)
 
     def merged(self) -> Tensor:
         """The matrix (n_out, n_in) in fp32 with its adapters added."""
@@ -125,10 +116,8 @@ class Linear(nn.Linear):
     def shape(self) -> torch.Size:
         return torch.Size((self.out_features, self.in_features))
 
-    def _code_names(self) -> tuple[str, ...]:
-        if self.precision not in BLOCKS:
-            return ()
-        return ("codes", "scales", "scale") if self.precision == "nvfp4" else ("codes", "scales")
+    def _stored(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in STORAGES[self.precision].names)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, n_in) → (…, n_out)."""
@@ -144,12 +133,10 @@ class Linear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
-        names = self._code_names()
-        if not names and (self.weight.requires_grad or self.weight.dtype == dtype):
+        if self.weight is not None and (self.weight.requires_grad or self.weight.dtype == dtype):
             out = F.linear(x, self.weight.to(dtype))
         elif torch.is_grad_enabled() and x.requires_grad:
-            names = names or ("weight",)
-            out = _Stored.apply(x, self.precision, self.shape, names, *(getattr(self, name) for name in names))
+            out = _Stored.apply(x, self.precision, self.shape, *self._stored())
         else:
             out = x @ self.dense(dtype).T
         return out if self.bias is None else out + self.bias.to(dtype)

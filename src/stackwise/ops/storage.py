@@ -16,7 +16,8 @@ of half ends at 65504, and below 2⁻¹⁴ its error is up to 2⁻²⁵.
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,6 @@ from torch import Tensor
 
 from stackwise.ops.coding import coding
 
-Precision = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
-DTYPES: dict[str, torch.dtype] = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
-"""Precisions that are a dtype of the weight itself."""
-BLOCKS = {"fp8": 128, "int8": 128, "nf4": 64, "nvfp4": 16}
-"""Precisions that are codes and scales, and how many weights share a scale."""
-PRECISIONS: tuple[Precision, ...] = ("full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4")
 FP8_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float with two bits of exponent."""
@@ -41,61 +36,150 @@ NF4 = (
 """QLoRA 2305.14314, appendix E."""
 
 
-def bytes_per_weight(precision: Precision) -> float:
-    """Bytes that a weight of a large matrix takes, its share of the scales included."""
-    if precision in DTYPES:
-        return float(DTYPES[precision].itemsize)
-    bits, scale = {"fp8": (8, 4), "int8": (8, 4), "nf4": (4, 4), "nvfp4": (4, 1)}[precision]
-    return bits / 8 + scale / BLOCKS[precision]
+class Storage(ABC):
+    """A way to store a matrix.
 
-
-def encode(weight: Tensor, precision: Precision) -> dict[str, Tensor]:
-    """``codes`` (uint8, int8 or e4m3) and ``scales`` of the blocks of ``weight``; of nvfp4 also ``scale``, of them all.
-
-    Args:
-        weight: of any shape, finite.
-        precision: one of ``BLOCKS``.
+    Attributes:
+        names: of the tensors that it stores: ``weight``, or those of codes and scales.
+        bytes_per_weight: that a weight of a large matrix takes, its share of the scales included.
+        trains: whether an optimizer can move what is stored. fp16 would need loss scaling, and codes have no gradient.
     """
-    block = BLOCKS[precision]
-    flat = weight.detach().float().flatten()
-    rows = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    largest = rows.abs().amax(dim=1)
-    match precision:
-        case "int8":
-            scales = largest / 127
-            codes = (rows / _nonzero(scales)[:, None]).round_().to(torch.int8)
-            return {"codes": codes.flatten(), "scales": scales}
-        case "fp8":
-            scales = largest / FP8_MAX
-            codes = (rows / _nonzero(scales)[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-            return {"codes": codes.flatten(), "scales": scales}
-        case "nf4":
-            codes = _nearest(rows / _nonzero(largest)[:, None], NF4)
-            return {"codes": _pack(codes), "scales": largest}
-        case "nvfp4":
-            scale = largest.amax() / (E2M1[-1] * FP8_MAX)
-            scales = (largest / E2M1[-1] / _nonzero(scale)).to(torch.float8_e4m3fn)
-            values = rows / _nonzero(scales.float() * scale)[:, None]
-            codes = _nearest(values.abs().clamp_(max=E2M1[-1]), E2M1) + 8 * (values < 0)
-            return {"codes": _pack(codes), "scales": scales, "scale": scale.reshape(1)}
-    raise ValueError(f"precision is {precision!r}; codes and scales have: {', '.join(BLOCKS)}")
+
+    names: tuple[str, ...] = ("codes", "scales")
+    bytes_per_weight: float
+    trains: bool = False
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """``names`` → tensors, of a finite ``weight`` of any shape."""
+
+    @abstractmethod
+    def decode(self, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The matrix of ``shape`` that ``encode`` stored, in ``dtype``; codes are computed with in fp32."""
 
 
-def decode(stored: dict[str, Tensor], precision: Precision, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The matrix of ``shape`` that ``encode`` stored, computed in fp32 and returned in ``dtype``."""
-    block, scales = BLOCKS[precision], stored["scales"].float()
-    if precision in ("int8", "fp8"):
-        values = stored["codes"].to(torch.float32).view(-1, block)
-    else:
-        table = torch.tensor(NF4 if precision == "nf4" else [*E2M1, *(-x for x in E2M1)], device=scales.device)
+class Cast(Storage):
+    """The weight in a dtype of its own."""
+
+    names = ("weight",)
+
+    def __init__(self, dtype: torch.dtype, trains: bool) -> None:
+        self.dtype, self.trains = dtype, trains
+        self.bytes_per_weight = float(dtype.itemsize)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.detach().to(self.dtype)}
+
+    def decode(self, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return stored["weight"].to(dtype)
+
+
+class _Blocks(Storage):
+    """Codes, and a scale for every ``block`` of them: a number of fp32, unless ``bytes_per_weight`` says else."""
+
+    block: int
+
+    def rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocks in fp32, (blocks, ``block``), and the largest magnitude of each."""
+        flat = weight.detach().float().flatten()
+        rows = F.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
+        return rows, rows.abs().amax(dim=1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """(blocks, ``block``) what the codes stand for, in fp32, before the scales."""
+        return codes.to(torch.float32).view(-1, self.block)
+
+    def scales(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["scales"].float()
+
+    def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
+        return values.mul_(scales)
+
+    def decode(self, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        values = self.values(stored["codes"])
+        with coding():
+            values = self.scaled(values, self.scales(stored)[:, None])
+        return values.flatten()[: shape.numel()].view(shape).to(dtype)
+
+
+class Int8(_Blocks):
+    block, bytes_per_weight = 128, 1 + 4 / 128
+
+    def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
+        return values * scales
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, largest = self.rows(weight)
+        scales = largest / 127
+        codes = (rows / _nonzero(scales)[:, None]).round_().to(torch.int8)
+        return {"codes": codes.flatten(), "scales": scales}
+
+
+class Fp8(_Blocks):
+    block, bytes_per_weight = 128, 1 + 4 / 128
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, largest = self.rows(weight)
+        scales = largest / FP8_MAX
+        codes = (rows / _nonzero(scales)[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return {"codes": codes.flatten(), "scales": scales}
+
+
+class _FourBits(_Blocks):
+    """Two codes in a byte; ``table`` says what the 16 codes stand for."""
+
+    table: tuple[float, ...]
+
+    def values(self, codes: Tensor) -> Tensor:
+        table = torch.tensor(self.table, device=codes.device)
         # A byte is two codes: one look-up gives both.
         pairs = torch.stack((table[:, None].expand(16, 16), table[None].expand(16, 16)), dim=-1).view(256, 2)
-        values = F.embedding(stored["codes"].to(torch.int32), pairs).view(-1, block)
-    with coding():
-        if precision == "nvfp4":
-            scales = scales * stored["scale"]
-        values = values.mul_(scales[:, None]) if precision != "int8" else values * scales[:, None]
-    return values.flatten()[: shape.numel()].view(shape).to(dtype)
+        return F.embedding(codes.to(torch.int32), pairs).view(-1, self.block)
+
+
+class Nf4(_FourBits):
+    block, bytes_per_weight, table = 64, 1 / 2 + 4 / 64, NF4
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, largest = self.rows(weight)
+        return {"codes": _pack(_nearest(rows / _nonzero(largest)[:, None], NF4)), "scales": largest}
+
+
+class Nvfp4(_FourBits):
+    """Its scales are e4m3, times ``scale``, the one of the whole matrix."""
+
+    names = ("codes", "scales", "scale")
+    block, bytes_per_weight, table = 16, 1 / 2 + 1 / 16, (*E2M1, *(-x for x in E2M1))
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, largest = self.rows(weight)
+        scale = largest.amax() / (E2M1[-1] * FP8_MAX)
+        scales = (largest / E2M1[-1] / _nonzero(scale)).to(torch.float8_e4m3fn)
+        values = rows / _nonzero(scales.float() * scale)[:, None]
+        codes = _nearest(values.abs().clamp_(max=E2M1[-1]), E2M1) + 8 * (values < 0)
+        return {"codes": _pack(codes), "scales": scales, "scale": scale.reshape(1)}
+
+    def scales(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["scales"].float() * stored["scale"]
+
+
+STORAGES: dict[str, Storage] = {
+    "full": Cast(torch.float32, trains=True),
+    "half": Cast(torch.float16, trains=False),
+    "bfloat16": Cast(torch.bfloat16, trains=True),
+    "fp8": Fp8(),
+    "int8": Int8(),
+    "nf4": Nf4(),
+    "nvfp4": Nvfp4(),
+}
+"""By their name in a config: ``training.progressive.trunk_precision`` allows these."""
+
+
+def storage_of(precision: str) -> Storage:
+    """ValueError, with the names there are, for one that there is not."""
+    if precision not in STORAGES:
+        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(STORAGES)}")
+    return STORAGES[precision]
 
 
 def _nonzero(scales: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.growth import PrecisionName
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import OptimizerConfig
-from stackwise.growth.phases import Adapter, Phase, Precision
+from stackwise.growth.phases import Adapter, Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
@@ -358,7 +359,7 @@ class _Kind:
     """A Stack as far as its cost goes. ``trains``: the names within the Stack, an empty one for all of it."""
 
     blocks: tuple[BlockSpec, ...]
-    precision: Precision
+    precision: PrecisionName
     trains: tuple[str, ...]
     adapters: tuple[Adapter, ...]
     away: bool

@@ -9,6 +9,7 @@ from typing import Any
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.recipes import apply_recipe
+from stackwise.ops.storage import STORAGES
 from stackwise.planning.plan import Plan
 
 Planner = Callable[[StackWiseConfig], Plan]
@@ -35,6 +36,10 @@ PREFERENCE: dict[str, str] = {
     "blockwise": "one pass over Blocks that never train together",
 }
 """Recipes, best first, and why: by the loss to expect at equal FLOPs, whatever they need."""
+
+
+_SMALLEST = min(STORAGES, key=lambda name: STORAGES[name].bytes_per_weight)
+"""The first of the storages that take least."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[
         if training.strategy == "progressive":
             if training.progressive.trunk_strategy == "trainable":
                 yield ("training.progressive.trunk_strategy=frozen",)
-            yield ("training.progressive.trunk_precision=nf4",)
+            yield (f"training.progressive.trunk_precision={_SMALLEST}",)
             yield ("training.progressive.cache_activations=true",)
         if training.offload == "none" and "host memory" not in missing:
             yield ("training.offload=host",)

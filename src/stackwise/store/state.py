@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
+from stackwise.config.growth import PrecisionName
 from stackwise.config.messages import show
 from stackwise.config.section import Fraction, Size
 from stackwise.errors import RunError
-from stackwise.growth.phases import AdapterKind, Precision
+from stackwise.growth.phases import AdapterKind
 from stackwise.store.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from stackwise.store.rundir import RunDir
 
@@ -83,7 +84,7 @@ class _State(BaseModel):
     tokenizer: str | None = None
     data: dict[str, str] | None = None
     stacks: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    precision: dict[str, Precision] = {}
+    precision: dict[str, PrecisionName] = {}
     adapters: list[_AdapterState] = []
     run: RunState
 
