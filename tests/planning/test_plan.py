@@ -15,14 +15,12 @@ from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.curricula import build_phases
-from stackwise.growth.recipes import RECIPES
 from stackwise.planning import cost as cost_module
 from stackwise.planning.cost import PhaseCost, PhaseCoster
 from stackwise.planning.devices import BF16_PEAK, DEVICES, Machine, named_machine, sheet_of
 from stackwise.planning.flops import Flops
 from stackwise.planning.plan import Plan, plan_run, stored_bytes
 from stackwise.planning.recommend import (
-    PREFERENCE,
     Compared,
     best_that_fits,
     combinations,
@@ -202,15 +200,15 @@ def row(name: str, fits: bool) -> Compared:
     return Compared(name, replace(plan, limit=plan.peak_memory_bytes if fits else 1))
 
 
-def test_the_order_of_preference_names_every_recipe_and_no_other() -> None:
-    assert set(PREFERENCE) == set(RECIPES)
-
-
 def test_the_best_recipe_is_the_first_by_preference_among_those_that_fit() -> None:
     rows = [row("append-frozen", True), row("append-frozen-joint", True), row("grown", False)]
     best = best_that_fits(rows)
     assert best is not None and best.recipe == "append-frozen-joint"
     assert best_that_fits([row("grown", False), Compared("end-to-end", None, "why")]) is None
+    by_rank = ["grown", "end-to-end", "append-qlora", "append-frozen-joint", "append-frozen", "stackwise", "blockwise"]
+    for i in range(len(by_rank)):
+        best = best_that_fits([row(name, True) for name in reversed(by_rank[i:])])
+        assert best is not None and best.recipe == by_rank[i]
 
 
 def test_a_recipe_that_does_not_go_with_the_config_is_refused_with_its_reason() -> None:

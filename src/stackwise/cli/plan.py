@@ -163,7 +163,7 @@ def _show(report: Plan) -> None:
 
 def _show_comparison(rows: list[Compared], best: Compared | None, change: Change | None, asked: bool) -> None:
     from stackwise.cli.results import size, table
-    from stackwise.planning.recommend import PREFERENCE
+    from stackwise.growth.recipes import RECIPES
 
     shown = []
     for row in rows:
@@ -182,7 +182,7 @@ def _show_comparison(rows: list[Compared], best: Compared | None, change: Change
         if row.refused is not None:
             print(f"refused: {row.refused}")
     if best is not None:
-        print(f"recommended: {best.recipe}: {PREFERENCE.get(best.recipe, 'it fits')}")
+        print(f"recommended: {best.recipe}: {RECIPES[best.recipe].reason}")
     elif change is not None:
         whose = "" if change.recipe is None else f"recipe {change.recipe} with "
         plan = change.plan

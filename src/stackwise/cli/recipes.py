@@ -6,7 +6,7 @@ from stackwise.cli.train import Json
 
 
 def recipes(as_json: Json = False) -> None:
-    """List the recipes: what each is for, and where it comes from."""
+    """List the recipes, best first: what each is for, and where it comes from."""
     from stackwise.cli.results import print_json
     from stackwise.growth.recipes import RECIPES
 

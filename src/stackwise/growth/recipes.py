@@ -18,12 +18,14 @@ class Recipe:
         name: as on the command line.
         summary: what it is for.
         source: where it comes from.
+        reason: why it has its place among the others.
         training: its settings under ``training``; every other setting that decides a curriculum takes its default.
     """
 
     name: str
     summary: str
     source: str
+    reason: str
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,121 +42,89 @@ _OWN = "this project"
 
 _ALL = (
     Recipe(
-        "end-to-end",
-        "The whole Rack from the start, everything trains: what every other recipe is compared with.",
-        "GPT-2 (Radford et al. 2019)",
-        {"strategy": "end_to_end"},
-    ),
-    Recipe(
-        "end-to-end-checkpointed",
-        "End to end with activations recomputed, for a third more FLOPs: the first thing to try when memory is short.",
-        "1604.06174",
-        {"strategy": "end_to_end", "activation_checkpointing": True},
-    ),
-    Recipe(
         "grown",
         "Stacks join as copies of their neighbour and everything trains: fewer FLOPs for the same loss.",
         "G_stack 2405.15319",
+        "everything trains and new Stacks are copies: the loss of end to end for fewer FLOPs (2405.15319)",
         _grown(trunk_strategy="trainable", new_stack_init="copy"),
-    ),
-    Recipe(
-        "grown-checkpointed",
-        "As grown, with activations recomputed: the same loss in less memory.",
-        "2405.15319 and 1604.06174",
-        {**_grown(trunk_strategy="trainable", new_stack_init="copy"), "activation_checkpointing": True},
     ),
     Recipe(
         "late-expansion",
         "One Stack for half the budget, then all the others at once: a single expansion disturbs least.",
         "2511.04981",
+        "one expansion with everything trainable: within 0.2 % for a fifth of the FLOPs (2511.04981)",
         _phases(
             {"add": 1, "share": 0.5}, {"add": "rest", "share": 0.5}, trunk_strategy="trainable", new_stack_init="copy"
         ),
     ),
     Recipe(
-        "append-frozen",
-        "Each new Stack trains on a frozen trunk: the memory of one Stack, at a price in loss.",
-        "greedy layer-wise training, Bengio et al. 2006",
-        _grown(trunk_strategy="frozen", new_stack_init="copy"),
+        "end-to-end",
+        "The whole Rack from the start, everything trains: what every other recipe is compared with.",
+        "GPT-2 (Radford et al. 2019)",
+        "everything trains from the start: the baseline",
+        {"strategy": "end_to_end"},
     ),
     Recipe(
-        "append-frozen-joint",
-        "As append-frozen, and in the last quarter everything trains, which wins most of the loss back.",
-        "MSLT 2011.13635",
-        _grown(trunk_strategy="frozen", new_stack_init="copy", joint_fraction=0.25),
+        "grown-checkpointed",
+        "As grown, with activations recomputed: the same loss in less memory.",
+        "2405.15319 and 1604.06174",
+        "the losses of grown, for a third more FLOPs",
+        {**_grown(trunk_strategy="trainable", new_stack_init="copy"), "activation_checkpointing": True},
     ),
     Recipe(
-        "append-frozen-nf4",
-        "As append-frozen, with the trunk stored in 4 bits: for racks whose weights alone do not fit.",
-        "QLoRA 2305.14314 §3",
-        _grown(trunk_strategy="frozen", trunk_precision="nf4", new_stack_init="copy"),
+        "end-to-end-checkpointed",
+        "End to end with activations recomputed, for a third more FLOPs: the first thing to try when memory is short.",
+        "1604.06174",
+        "the losses of end to end, for a third more FLOPs",
+        {"strategy": "end_to_end", "activation_checkpointing": True},
     ),
     Recipe(
-        "append-cached",
-        "As append-frozen, with the trunk run once and then off the device: time and memory of one Stack at any depth.",
-        _OWN,
-        _grown(trunk_strategy="frozen", new_stack_init="copy", cache_activations=True),
-    ),
-    Recipe(
-        "append-qlora",
-        "The trunk is stored in 4 bits and adapts through two low-rank adapters a Stack, beside the new Stack.",
-        "QLoRA 2305.14314",
-        {**_grown(trunk_strategy="qlora", trunk_precision="nf4", new_stack_init="identity"), "qlora": _LORA},
-    ),
-    Recipe(
-        "prepend-frozen",
-        "New Stacks join at the left, gradients pass through the frozen suffix: the head side is learnt first.",
-        _OWN,
-        _grown(building_mode="prepend", trunk_strategy="frozen", new_stack_init="identity"),
+        "middle-insertion",
+        "New Stacks join in the middle as the identity: the first and the last keep their work; everything trains.",
+        "LEMON 2310.07999",
+        "everything trains; the place is less tried than the end (2310.07999)",
+        _phases({"add": 1}, {"add": "each", "at": "middle", "share": 0.7}, new_stack_init="identity"),
     ),
     Recipe(
         "prepend-trainable",
         "New Stacks join at the left and everything trains.",
         _OWN,
+        "everything trains; no published result for language models",
         _grown(building_mode="prepend", trunk_strategy="trainable", new_stack_init="identity"),
+    ),
+    Recipe(
+        "append-qlora",
+        "The trunk is stored in 4 bits and adapts through two low-rank adapters a Stack, beside the new Stack.",
+        "QLoRA 2305.14314",
+        "the trunk adapts through low-rank factors (2305.14314)",
+        {**_grown(trunk_strategy="qlora", trunk_precision="nf4", new_stack_init="identity"), "qlora": _LORA},
     ),
     Recipe(
         "prepend-qlora",
         "New Stacks join at the left of a 4-bit suffix that adapts through its adapters.",
         "QLoRA 2305.14314",
+        "as append-qlora; no published result for language models",
         {
             **_grown(building_mode="prepend", trunk_strategy="qlora", trunk_precision="nf4", new_stack_init="identity"),
             "qlora": _LORA,
         },
     ),
     Recipe(
-        "middle-insertion",
-        "New Stacks join in the middle as the identity: the first and the last keep their work; everything trains.",
-        "LEMON 2310.07999",
-        _phases({"add": 1}, {"add": "each", "at": "middle", "share": 0.7}, new_stack_init="identity"),
-    ),
-    Recipe(
-        "stackwise",
-        "The whole Rack is there and one Stack after another trains, once: little optimizer state, no growth.",
-        _OWN,
-        {"strategy": "end_to_end", "end_to_end_scope": "stackwise"},
-    ),
-    Recipe(
-        "blockwise",
-        "The whole Rack is there and one Block after another trains, once.",
-        _OWN,
-        {"strategy": "end_to_end", "end_to_end_scope": "blockwise"},
-    ),
-    Recipe(
-        "block-coordinate",
-        "Sweeps over the Stacks of a Rack grown early, with the optimizer state of the active one only.",
-        "BAdam 2404.02827",
+        "gradual-unfreezing",
+        "Stacks grow on a frozen trunk, then train again from the last one to the first, one more in each phase.",
+        "ULMFiT 1801.06146 §3.3",
+        "frozen while it grows, and everything trains at the end (1801.06146)",
         _phases(
-            {"add": "rest", "share": 0.25},
-            {"sweep": "left_to_right", "cycles": 2},
-            new_stack_init="random",
-            optimizer_state="reset",
+            {"add": "each", "trunk": "frozen", "share": 0.5},
+            {"unfreeze": "right_to_left", "share": 0.5},
+            new_stack_init="copy",
         ),
     ),
     Recipe(
         "fusion",
         "Stacks grow on a frozen trunk, then neighbours train in pairs, then everything together.",
         _OWN,
+        "frozen while it grows, pairs together, and everything trains at the end",
         _phases(
             {"add": "each", "trunk": "frozen", "share": 0.5},
             {"sweep": "right_to_left", "group": 2, "share": 0.25},
@@ -163,18 +133,69 @@ _ALL = (
         ),
     ),
     Recipe(
-        "gradual-unfreezing",
-        "Stacks grow on a frozen trunk, then train again from the last one to the first, one more in each phase.",
-        "ULMFiT 1801.06146 §3.3",
+        "append-frozen-joint",
+        "As append-frozen, and in the last quarter everything trains, which wins most of the loss back.",
+        "MSLT 2011.13635",
+        "frozen while it grows; a joint phase wins back most of the loss (2011.13635)",
+        _grown(trunk_strategy="frozen", new_stack_init="copy", joint_fraction=0.25),
+    ),
+    Recipe(
+        "block-coordinate",
+        "Sweeps over the Stacks of a Rack grown early, with the optimizer state of the active one only.",
+        "BAdam 2404.02827",
+        "near Adam in fine-tuning, unproven from scratch (2404.02827)",
         _phases(
-            {"add": "each", "trunk": "frozen", "share": 0.5},
-            {"unfreeze": "right_to_left", "share": 0.5},
-            new_stack_init="copy",
+            {"add": "rest", "share": 0.25},
+            {"sweep": "left_to_right", "cycles": 2},
+            new_stack_init="random",
+            optimizer_state="reset",
         ),
+    ),
+    Recipe(
+        "append-cached",
+        "As append-frozen, with the trunk run once and then off the device: time and memory of one Stack at any depth.",
+        _OWN,
+        "the losses of a frozen trunk, with the FLOPs and the memory of one Stack",
+        _grown(trunk_strategy="frozen", new_stack_init="copy", cache_activations=True),
+    ),
+    Recipe(
+        "append-frozen",
+        "Each new Stack trains on a frozen trunk: the memory of one Stack, at a price in loss.",
+        "greedy layer-wise training, Bengio et al. 2006",
+        "a frozen trunk without a joint phase costs quality (2411.18700)",
+        _grown(trunk_strategy="frozen", new_stack_init="copy"),
+    ),
+    Recipe(
+        "append-frozen-nf4",
+        "As append-frozen, with the trunk stored in 4 bits: for racks whose weights alone do not fit.",
+        "QLoRA 2305.14314 §3",
+        "as append-frozen, and the trunk is rounded to 4 bits",
+        _grown(trunk_strategy="frozen", trunk_precision="nf4", new_stack_init="copy"),
+    ),
+    Recipe(
+        "prepend-frozen",
+        "New Stacks join at the left, gradients pass through the frozen suffix: the head side is learnt first.",
+        _OWN,
+        "gradients pass the frozen suffix; no published result for language models",
+        _grown(building_mode="prepend", trunk_strategy="frozen", new_stack_init="identity"),
+    ),
+    Recipe(
+        "stackwise",
+        "The whole Rack is there and one Stack after another trains, once: little optimizer state, no growth.",
+        _OWN,
+        "one pass over Stacks that never train together",
+        {"strategy": "end_to_end", "end_to_end_scope": "stackwise"},
+    ),
+    Recipe(
+        "blockwise",
+        "The whole Rack is there and one Block after another trains, once.",
+        _OWN,
+        "one pass over Blocks that never train together",
+        {"strategy": "end_to_end", "end_to_end_scope": "blockwise"},
     ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
-"""By name, in the order in which they are shown."""
+"""By name, best first: by the loss to expect at equal FLOPs, whatever memory they need."""
 
 _OWNED = ("strategy", "end_to_end_scope", "phases", "qlora", "activation_checkpointing")
 """Settings of ``training`` that a recipe decides; of ``training.progressive`` it decides all but the objective."""

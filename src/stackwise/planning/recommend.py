@@ -8,35 +8,11 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.growth.recipes import apply_recipe
+from stackwise.growth.recipes import RECIPES, apply_recipe
 from stackwise.ops.storage import STORAGES
 from stackwise.planning.plan import Plan
 
 Planner = Callable[[StackWiseConfig], Plan]
-
-PREFERENCE: dict[str, str] = {
-    "grown": "everything trains and new Stacks are copies: the loss of end to end for fewer FLOPs (2405.15319)",
-    "late-expansion": "one expansion with everything trainable: within 0.2 % for a fifth of the FLOPs (2511.04981)",
-    "end-to-end": "everything trains from the start: the baseline",
-    "grown-checkpointed": "the losses of grown, for a third more FLOPs",
-    "end-to-end-checkpointed": "the losses of end to end, for a third more FLOPs",
-    "middle-insertion": "everything trains; the place is less tried than the end (2310.07999)",
-    "prepend-trainable": "everything trains; no published result for language models",
-    "append-qlora": "the trunk adapts through low-rank factors (2305.14314)",
-    "prepend-qlora": "as append-qlora; no published result for language models",
-    "gradual-unfreezing": "frozen while it grows, and everything trains at the end (1801.06146)",
-    "fusion": "frozen while it grows, pairs together, and everything trains at the end",
-    "append-frozen-joint": "frozen while it grows; a joint phase wins back most of the loss (2011.13635)",
-    "block-coordinate": "near Adam in fine-tuning, unproven from scratch (2404.02827)",
-    "append-cached": "the losses of a frozen trunk, with the FLOPs and the memory of one Stack",
-    "append-frozen": "a frozen trunk without a joint phase costs quality (2411.18700)",
-    "append-frozen-nf4": "as append-frozen, and the trunk is rounded to 4 bits",
-    "prepend-frozen": "gradients pass the frozen suffix; no published result for language models",
-    "stackwise": "one pass over Stacks that never train together",
-    "blockwise": "one pass over Blocks that never train together",
-}
-"""Recipes, best first, and why: by the loss to expect at equal FLOPs, whatever they need."""
-
 
 _SMALLEST = min(STORAGES, key=lambda name: STORAGES[name].bytes_per_weight)
 """The first of the storages that take least."""
@@ -67,10 +43,9 @@ def compare_plans(config: StackWiseConfig, recipes: Iterable[str], plan: Planner
 
 
 def best_that_fits(rows: Sequence[Compared]) -> Compared | None:
-    """The first of ``PREFERENCE`` that fits; recipes that are not listed there come last."""
-    order = list(PREFERENCE)
-    fitting = [row for row in rows if row.plan is not None and row.plan.fits]
-    return min(fitting, key=lambda row: order.index(row.recipe) if row.recipe in order else len(order), default=None)
+    """The best recipe that fits."""
+    fitting = {row.recipe: row for row in rows if row.plan is not None and row.plan.fits}
+    return next((fitting[name] for name in RECIPES if name in fitting), None)
 
 
 @dataclass(frozen=True)
