@@ -6,14 +6,16 @@ B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.config.growth import PrecisionName
 from stackwise.ops.storage import STORAGES, storage_of
+
+if TYPE_CHECKING:
+    from stackwise.config.growth import PrecisionName
 
 
 class LowRank(nn.Module):
