@@ -100,20 +100,21 @@ OUT_OF_RANGE = [
 IMPOSSIBLE = [
     (
         "model: {attention_custom: {mla_rkv: 8}}",
-        "model.attention_custom.mla_rkv: 8 is read by the presets mla_attention, mlgka, custom "
+        "model.attention_custom.mla_rkv: 8 is only used when attention_preset is mla_attention, mlgka or custom "
         "(attention_preset is null)",
     ),
     (
         "model: {attention_custom: {attention_type: mla}}",
-        "model.attention_custom.attention_type: 'mla' is read when attention_preset is custom (it is null)",
+        "model.attention_custom.attention_type: 'mla' is only used when attention_preset is custom "
+        "(attention_preset is null)",
     ),
     (
         "model: {attention_preset: custom, attention_custom: {mla_rkv: 8}}",
-        "model.attention_custom.mla_rkv: 8 is read when attention_type is mla (it is mha)",
+        "model.attention_custom.mla_rkv: 8 is only used when attention_type is mla (attention_type is mha)",
     ),
     (
         "model: {attention_preset: mlgka, attention_custom: {mla_rope_dim: 8}}",
-        "model.attention_custom.mla_rope_dim: 8 is of shared latents",
+        "model.attention_custom.mla_rope_dim: 8 is only used when mla_latents is shared (mla_latents is separate)",
     ),
     (
         "model: {attention_preset: mla_attention, attention_custom: {mla_rope_dim: 7}}",
@@ -139,18 +140,18 @@ IMPOSSIBLE = [
     ),
     (
         "model: {tokenizer_embedding: {adapter_hidden_dim: 8}}",
-        "model.tokenizer_embedding.adapter_hidden_dim: 8 is only read beside family, which is null",
+        "model.tokenizer_embedding.adapter_hidden_dim: 8 is only used when family is set (family is null)",
     ),
     (
         "model: {tokenizer_embedding: {embedding_option: lm_head}}",
-        "model.tokenizer_embedding.embedding_option: 'lm_head' is only read beside family, which is null",
+        "model.tokenizer_embedding.embedding_option: 'lm_head' is only used when family is set (family is null)",
     ),
     (
         "model: {tokenizer_embedding: {family: f}}\ndata: {tokenizer: {kind: bytes}}",
         "data.tokenizer.kind: 'bytes' does not fit the table of model.tokenizer_embedding.family, which comes with its "
         "own tokenizer; leave data.tokenizer out",
     ),
-    ("model: {global_every: 3}", "model.global_every: 3 is only read beside window, which is null"),
+    ("model: {global_every: 3}", "model.global_every: 3 is only used when window is set (window is null)"),
     ("model: {norm_bias: true}", "model.norm_bias: true, but RMSNorm has no bias; set norm: layernorm"),
     (
         "model: {learned_positions: 64}",
@@ -222,16 +223,16 @@ IMPOSSIBLE = [
     ),
     (
         "training: {qlora: {rank_pattern: increasing}}",
-        "training.qlora.rank_pattern: 'increasing' is not read when strategy is simplified; set progressive or "
-        "variable",
+        "training.qlora.rank_pattern: 'increasing' is only used when strategy is progressive or variable "
+        "(strategy is simplified)",
     ),
     (
         "training: {optimizer: {optimizer_type: sgd, moments: int8}}",
-        "training.optimizer.moments: 'int8' is read by adamw and muon (optimizer_type is sgd)",
+        "training.optimizer.moments: 'int8' is only used when optimizer_type is adamw or muon (optimizer_type is sgd)",
     ),
     (
         "training: {optimizer: {momentum: 0.9}}",
-        "training.optimizer.momentum: 0.9 is read by muon and sgd (optimizer_type is adamw)",
+        "training.optimizer.momentum: 0.9 is only used when optimizer_type is muon or sgd (optimizer_type is adamw)",
     ),
     (
         "training: {optimizer: {in_backward: true}}",
@@ -250,7 +251,7 @@ IMPOSSIBLE = [
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {trains: all, cycles: 2}]}",
-        "training.phases[1].cycles: 2 is read beside sweep, not beside trains",
+        "training.phases[1].cycles: 2 is only used in an entry with sweep; this one has trains",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {sweeep: left_to_right}]}",
@@ -279,7 +280,7 @@ IMPOSSIBLE = [
     ),
     (
         "training: {strategy: phases, phases: [{sweep: left_to_right, unit: block, group: 2}]}",
-        "training.phases[0].group: 2 is of Stacks; unit is block",
+        "training.phases[0].group: 2 is only used when unit is stack (unit is block)",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {add: rest, trunk: qlora}]}",
@@ -318,7 +319,7 @@ IMPOSSIBLE = [
     ),
     (
         "training: {end_to_end_scope: blockwise}",
-        "training.end_to_end_scope: 'blockwise' is read when strategy is end_to_end (it is progressive)",
+        "training.end_to_end_scope: 'blockwise' is only used when strategy is end_to_end (strategy is progressive)",
     ),
     (
         "training: {max_steps: 3, max_tokens: 1e6}",
@@ -342,7 +343,10 @@ IMPOSSIBLE = [
         "training.progressive.optimizer_state: 'copy' needs new_stack_init: copy (it is random)",
     ),
     ("data: {source: files}", "data.path: must be set when source is files"),
-    ("data: {path: x.txt}", "data.path: 'x.txt' is not read when source is python-stdlib; set data.source: files"),
+    (
+        "data: {path: x.txt}",
+        "data.path: 'x.txt' is only used when source is files or huggingface (source is python-stdlib)",
+    ),
     (
         "data: {source: huggingface, path: [a, b]}",
         "data.path: ['a', 'b'] must be one data set name when source is huggingface",
@@ -353,7 +357,7 @@ IMPOSSIBLE = [
     ),
     (
         "data: {tokenizer: {path: t.json}}",
-        "data.tokenizer.path: 't.json' is only read when kind is pretrained (kind is bpe)",
+        "data.tokenizer.path: 't.json' is only used when kind is pretrained (kind is bpe)",
     ),
 ]
 BAD_YAML = [
@@ -449,6 +453,8 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_long_list_of_paths_does_not_make_a_long_message():
-    with pytest.raises(ConfigError, match="is not read when source is python-stdlib") as refused:
+    with pytest.raises(
+        ConfigError, match=r"is only used when source is files or huggingface \(source is python-stdlib\)$"
+    ) as refused:
         StackWiseConfig.from_dict({"data": {"path": ["x"] * 30_000}})
     assert len(str(refused.value)) < 200

@@ -156,7 +156,7 @@ def test_labels_of_any_integer_type_serve():
 def test_what_cannot_be_classified_is_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="classes: 3, but the head has 2 rows"):
         objective().logits(create_simple_rack(1, 1, 26, 19, 13, 2), torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="is read by classification"):
+    with pytest.raises(ConfigError, match="is only used when the objective is classification"):
         config("training.progressive.training_objective=clm")
     with pytest.raises(ConfigError, match="cache_activations: true needs batches of a token store"):
         config("training.strategy=progressive", "training.progressive.trunk_strategy=frozen",

@@ -266,7 +266,7 @@ def test_training_may_weigh_the_rates_otherwise_and_the_score_stays_the_bound(we
 
 
 def test_one_pass_has_one_rate_a_stack_and_no_weights_of_rates():
-    with pytest.raises(ConfigError, match=r"weight_power: 0\.5 is not read by depth_variant prefix"):
+    with pytest.raises(ConfigError, match=r"weight_power: 0\.5 is not used when depth_variant is prefix"):
         config(time="depth", depth_variant="prefix", weight_power=0.5)
 
 

@@ -236,8 +236,8 @@ def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
     [
         ("training.masking.stack_rates=[0.5, 0.1]", "has 2 entries for 3 Stacks"),
         ("training.masking.max_rate=0.9", "stack_rates: .* are both set"),
-        ("training.strategy=end_to_end", "is read by mlm with strategy progressive"),
-        ("training.progressive.training_objective=clm", "is read by mlm with strategy progressive"),
+        ("training.strategy=end_to_end", "is only used when strategy is progressive"),
+        ("training.progressive.training_objective=clm", "is only used when the objective is mlm"),
         ("training.masking.stack_rates=[0.5, 0.1, 1.5]", "stack_rates.*out of range"),
     ],
 )

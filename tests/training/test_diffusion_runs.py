@@ -204,19 +204,28 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
         (["training.diffusion.block_length=5"], r"5 does not divide seq_len \(16\)"),
         (
             ["training.diffusion.depth_variant=prefix"],
-            r"'prefix' is read when training.progressive.time_int",
+            r"'prefix' is only used when training.progressive.time_int",
         ),
         ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be given"),
         (
             [DEPTH, "training.diffusion={levels: equal_difficulty, difficulty: [[0.2, 1.0], [0.2, 2.0]]}"],
             r"difficulty: \[\[0.2, 1.0\], \[0.2, 2.0\]\] must be pairs of different rates",
         ),
-        ([*KINDS["prefix"], "training.diffusion.weighting=exact_counts"], r"weighting: 'exact_counts' is not read by"),
-        ([*KINDS["exact counts"], "training.diffusion.min_rate=0.1"], r"min_rate: 0.1 is read when weighting is strat"),
-        (["training.progressive.training_objective=mlm", DEPTH], r"'depth' is read by diffusion"),
+        (
+            [*KINDS["prefix"], "training.diffusion.weighting=exact_counts"],
+            r"weighting: 'exact_counts' is not used when",
+        ),
+        (
+            [*KINDS["exact counts"], "training.diffusion.min_rate=0.1"],
+            r"min_rate: 0.1 is only used when weighting is strat",
+        ),
+        (
+            ["training.progressive.training_objective=mlm", DEPTH],
+            r"'depth' is only used when the objective is diffusion",
+        ),
         (
             ["training.progressive.training_objective=mlm", "training.evaluation.draws=2"],
-            r"draws: 2 is read by diffusion",
+            r"draws: 2 is only used when the objective is diffusion",
         ),
         (["model.attention_preset=gpt_style"], r"causal and diffusion reads both sides"),
         (["training.diffusion.weighting=exact"], r"weighting: 'exact' is not allowed.*exact_counts"),

@@ -152,7 +152,11 @@ def test_the_plan_runs_every_phase_with_its_objective(folder, tmp_path):
         (("mlm", "clm"), "model.attention_preset=bert_style", "is bidirectional and would see the tokens that clm"),
         (("clm", "mlm"), "model.attention_preset=gpt_style", "is causal and mlm reads both sides"),
         (("mlm", "diffusion"), "training.progressive.time_interpretation=input", "some train mlm"),
-        (("mlm", "clm"), "training.progressive.time_interpretation=input", "is read by diffusion"),
+        (
+            ("mlm", "clm"),
+            "training.progressive.time_interpretation=input",
+            "is only used when the objective is diffusion",
+        ),
         (("causal", "clm"), "training.seed=1", "'causal' is not allowed; allowed: clm, mlm, diffusion"),
     ],
 )

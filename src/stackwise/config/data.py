@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -23,10 +22,6 @@ class TokenizerConfig(Section):
     def _consistent(self) -> Self:
         if self.kind == "pretrained" and self.path is None:
             raise conflict("path", "must name a tokenizer.json or a folder when kind is pretrained")
-        if self.kind != "pretrained" and self.path is not None:
-            raise conflict(
-                "path", f"{reprlib.repr(self.path)} is only read when kind is pretrained (kind is {self.kind})"
-            )
         return self
 
 
@@ -56,10 +51,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source == "python-stdlib" and self.path is not None:
-            raise conflict(
-                "path", f"{reprlib.repr(self.path)} is not read when source is python-stdlib; set data.source: files"
-            )
         if self.source != "python-stdlib" and not self.path:
             raise conflict("path", f"must be set when source is {self.source}")
         if self.source == "huggingface" and not isinstance(self.path, str):

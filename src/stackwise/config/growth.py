@@ -65,6 +65,9 @@ class ProgressiveConfig(Section):
     )
 
 
+_KINDS: tuple[Literal["add", "trains", "sweep", "unfreeze"], ...] = ("add", "trains", "sweep", "unfreeze")
+
+
 class PhaseConfig(Section):
     """An entry of ``training.phases``: add, trains, sweep or unfreeze. The final norm and the head always train."""
 
@@ -109,22 +112,18 @@ class PhaseConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        kinds = [key for key in ("add", "trains", "sweep", "unfreeze") if getattr(self, key) is not None]
+        kinds = [key for key in _KINDS if getattr(self, key) is not None]
         if len(kinds) != 1:
             what = f"both {kinds[0]} and {kinds[1]}" if kinds else "none of them"
             raise conflict(
                 kinds[1] if kinds else "add", f"an entry has one of add, trains, sweep, unfreeze; here {what}"
             )
-        readers = {
-            "at": "add", "init": "add", "trunk": "add", "precision": "add",
-            "cycles": "sweep", "unit": "sweep", "group": "sweep",
-        }  # fmt: skip
-        for key, reader in readers.items():
-            if getattr(self, key) != type(self).model_fields[key].default and reader != kinds[0]:
-                raise conflict(key, f"{getattr(self, key)!r} is read beside {reader}, not beside {kinds[0]}")
-        if self.unit == "block" and self.group != 1:
-            raise conflict("group", f"{self.group} is of Stacks; unit is block")
         return self
+
+    @property
+    def kind(self) -> Literal["add", "trains", "sweep", "unfreeze"]:
+        """The one of these keys that is set."""
+        return next(key for key in _KINDS if getattr(self, key) is not None)
 
 
 class QLoRAConfig(Section):
@@ -166,8 +165,6 @@ class QLoRAConfig(Section):
                 raise conflict(key, f"{value!r} is read when strategy is progressive (it is variable): give a list")
             if self.strategy == "progressive" and not isinstance(value, str):
                 raise conflict(key, "a list is read when strategy is variable (it is progressive)")
-            if self.strategy == "simplified" and value != "constant":
-                raise conflict(key, f"{value!r} is not read when strategy is simplified; set progressive or variable")
         if self.strategy == "variable" and isinstance(self.rank_pattern, str):
             raise conflict("rank_pattern", "must list a rank for each Stack when strategy is variable")
         return self

@@ -179,8 +179,12 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = repr(_lists(value))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
 def explain(error: ValidationError, schema: type[Section]) -> str:

@@ -13,8 +13,6 @@ AttentionPreset = Literal[
 ]
 DEFAULT_KERNEL_DIM = 64
 """Random features where ``kernel_dim`` is null."""
-_WITH_LATENTS = ("mla_attention", "mlgka", "custom")
-_WITH_KERNELS = ("kernel_attention", "mlgka", "custom")
 
 
 class ArchitectureConfig(Section):
@@ -110,14 +108,6 @@ class TokenizerEmbeddingConfig(Section):
     )
     embedding_dim: Size | None = Field(None, description="Width of family's table; null: read there")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.family is None:
-            for key in ("embedding_option", "adapter_hidden_dim", "embedding_dim"):
-                if getattr(self, key) is not None:
-                    raise conflict(key, f"{getattr(self, key)!r} is only read beside family, which is null")
-        return self
-
 
 class ModelConfig(Section):
     initial: str | None = Field(
@@ -178,7 +168,6 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        custom = self.attention_custom
         if self.head_dim is None and self.d_model % self.n_heads:
             raise conflict("n_heads", f"{self.n_heads} does not divide d_model ({self.d_model})")
         if self.use_rope and self.head_size % 2 and not self._has_shared_latent:
@@ -195,24 +184,6 @@ class ModelConfig(Section):
                 f"{self.kv_heads} equals n_heads; efficient_gqa needs fewer key/value heads "
                 "(use gpt_style or bert_style for full attention)",
             )
-        preset = self.attention_preset
-        self._read_by(_WITH_LATENTS, "mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim")
-        self._read_by(
-            _WITH_KERNELS, "kernel_type", "kernel_dim", "kernel_meaning", "kernel_norm", "kernel_bandwidth",
-            "learned_temperature",
-        )  # fmt: skip
-        self._read_by(("custom",), "attention_type", "attention_mode")
-        if preset == "custom" and custom.attention_type == "mha":
-            for key in ("mla_rq", "mla_rkv", "mla_latents", "mla_rope_dim", "mla_v_head_dim"):
-                if getattr(custom, key) is not None:
-                    raise conflict(
-                        f"attention_custom.{key}",
-                        f"{getattr(custom, key)!r} is read when attention_type is mla (it is mha)",
-                    )
-        if self.latents != "shared":
-            for key in ("mla_rope_dim", "mla_v_head_dim"):
-                if getattr(custom, key) is not None:
-                    raise conflict(f"attention_custom.{key}", f"{getattr(custom, key)} is of shared latents")
         if self._has_shared_latent and self.use_rope and self.shared_rope_dim % 2:
             raise conflict(
                 "attention_custom.mla_rope_dim", f"{self.shared_rope_dim} is odd; rotary positions need pairs"
@@ -222,58 +193,28 @@ class ModelConfig(Section):
                 "attention_custom.mla_rope_dim",
                 f"null gives {self.shared_rope_dim} for heads of size {self.head_size}; set it",
             )
-        if self._has_shared_latent and not self.use_rope and custom.mla_rope_dim is not None:
-            raise conflict("attention_custom.mla_rope_dim", f"{custom.mla_rope_dim} is not read when use_rope is false")
         if self.qk_norm and self.latents is not None:
             raise conflict("qk_norm", "true goes with full projections; latents have norms of their own")
         self._check_kernel()
-        if self.window is None and (self.global_every is not None or self.local_rope_theta is not None):
-            key = "global_every" if self.global_every is not None else "local_rope_theta"
-            raise conflict(key, f"{getattr(self, key):g} is only read beside window, which is null")
         if self.norm_bias and self.norm == "rmsnorm":
             raise conflict("norm_bias", "true, but RMSNorm has no bias; set norm: layernorm")
         return self
 
-    def _read_by(self, presets: tuple[str, ...], *keys: str) -> None:
-        """Refuses details that the attention preset would not read."""
-        if self.attention_preset in presets:
-            return
-        for key in keys:
-            value = getattr(self.attention_custom, key)
-            if value != type(self.attention_custom).model_fields[key].default:
-                preset = self.attention_preset or "null"
-                wanted = f"when attention_preset is {presets[0]} (it is {preset})"
-                if len(presets) > 1:
-                    wanted = f"by the presets {', '.join(presets)} (attention_preset is {preset})"
-                raise conflict(f"attention_custom.{key}", f"{value!r} is read {wanted}")
-
     def _check_kernel(self) -> None:
         custom, kernel = self.attention_custom, self.kernel_type
-        if kernel == "linear":
-            for key in ("kernel_dim", "kernel_bandwidth"):
-                if getattr(custom, key) is not None:
-                    raise conflict(
-                        f"attention_custom.{key}", f"{getattr(custom, key)} is of kernels; kernel_type is linear"
-                    )
-            if self.attention_preset in ("kernel_attention", "mlgka"):
-                raise conflict(
-                    "attention_custom.kernel_type",
-                    f"'linear' is no kernel, and {self.attention_preset} is named for one; "
-                    "allowed: gaussian, laplacian, uniform",
-                )
-        if custom.learned_temperature and (kernel == "linear" or custom.kernel_meaning == "weight"):
-            raise conflict("attention_custom.learned_temperature", "true goes with kernels as logits")
+        if kernel == "linear" and self.attention_preset in ("kernel_attention", "mlgka"):
+            raise conflict(
+                "attention_custom.kernel_type",
+                f"'linear' is no kernel, and {self.attention_preset} is named for one; "
+                "allowed: gaussian, laplacian, uniform",
+            )
         if custom.kernel_dim is not None and custom.kernel_dim % 2:
             raise conflict("attention_custom.kernel_dim", f"{custom.kernel_dim} is odd; features come in pairs")
-        if custom.kernel_meaning == "weight":
-            if kernel not in ("gaussian", "laplacian") or custom.kernel_norm == "l1":
+        if custom.kernel_meaning == "weight" and kernel != "linear":
+            if kernel == "uniform" or custom.kernel_norm == "l1":
                 raise conflict(
                     "attention_custom.kernel_meaning",
                     f"'weight' is exact for gaussian and the l2 laplacian; not for {kernel} ({custom.kernel_norm})",
-                )
-            if custom.kernel_dim is not None:
-                raise conflict(
-                    "attention_custom.kernel_dim", f"{custom.kernel_dim}, but kernels as weights use no features"
                 )
             if kernel == "laplacian" and self.dropout:
                 raise conflict("dropout", f"{self.dropout} cannot drop weights of the laplacian; set it to 0")

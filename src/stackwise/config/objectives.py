@@ -42,8 +42,6 @@ class MaskingConfig(Section):
             raise conflict("max_rate", f"{self.max_rate} is below rate ({self.rate})")
         if self.stack_rates is not None and self.max_rate is not None:
             raise conflict("stack_rates", f"{list(self.stack_rates)} and max_rate ({self.max_rate}) are both set")
-        if self.span_length != type(self).model_fields["span_length"].default and self.unit != "span":
-            raise conflict("span_length", f"{self.span_length:g} is read when unit is span (it is {self.unit})")
         return self
 
 
@@ -101,12 +99,8 @@ class DiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.levels == "equal_difficulty") != (self.difficulty is not None):
-            if self.difficulty is None:
-                raise conflict(
-                    "difficulty", "must be given when levels is equal_difficulty: pairs (rate, cross-entropy)"
-                )
-            raise conflict("difficulty", f"is read when levels is equal_difficulty (it is {self.levels!r})")
+        if self.levels == "equal_difficulty" and self.difficulty is None:
+            raise conflict("difficulty", "must be given when levels is equal_difficulty: pairs (rate, cross-entropy)")
         if self.difficulty is not None:
             rates = [rate for rate, _ in self.difficulty]
             fits = all(0 <= rate <= 1 and nats > 0 for rate, nats in self.difficulty)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from stackwise.config.section import Fraction, Section, as_tuple, conflict
+from stackwise.config.section import Fraction, Section, as_tuple
 
 
 class OptimizerConfig(Section):
@@ -33,18 +33,6 @@ class OptimizerConfig(Section):
         description="Update each parameter inside the backward pass, so that gradients never exist all at once (with "
         "micro-batches they still add up); needs grad_clip: null",
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        readers = {"betas": ("adamw", "muon"), "eps": ("adamw", "muon"), "moments": ("adamw", "muon")}
-        for key, types in {**readers, "momentum": ("muon", "sgd")}.items():
-            value = getattr(self, key)
-            if self.optimizer_type not in types and value != type(self).model_fields[key].default:
-                shown = list(value) if isinstance(value, tuple) else value
-                raise conflict(
-                    key, f"{shown!r} is read by {' and '.join(types)} (optimizer_type is {self.optimizer_type})"
-                )
-        return self
 
 
 class ScheduleConfig(Section):

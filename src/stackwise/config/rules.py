@@ -1,50 +1,196 @@
-"""The rules between sections: combinations that cannot be meant, each refused at the key to change."""
+"""The rules between settings: which ones are only used beside another, and which combinations cannot be meant.
+
+A rule inside one section stands with that section. ``check`` sees a whole config, and refuses at the key to change.
+"""
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from stackwise.config.data import TokenizerConfig
 from stackwise.config.growth import TRAINABLE_PRECISIONS
-from stackwise.config.objectives import ClassificationConfig, DiffusionConfig
+from stackwise.config.messages import show
 from stackwise.config.run import Settings
-from stackwise.config.section import conflict
+from stackwise.config.section import Section, conflict
 
 
-def _key_of(settings: dict[str, str], wanted: str) -> str:
-    """The first key that has the value ``wanted``."""
-    return next(key for key, value in settings.items() if value == wanted)
+class OnlyUsed(NamedTuple):
+    """``key`` keeps its default unless ``setting`` has one of ``values``; no values: any but null.
+
+    Both are dotted paths of a config, or with ``[].`` of each entry of a list. ``setting`` may be a derived value.
+    ``text`` stands where the plain sentence would not do: ``{values}`` in it are those, ``{found}`` what there is.
+    """
+
+    key: str
+    setting: str
+    values: tuple[Any, ...] = ()
+    text: str = ""
+
+
+_LATENT = ("mla_attention", "mlgka", "custom")
+_KERNEL = ("kernel_attention", "mlgka", "custom")
+_KERNELS = ("gaussian", "laplacian", "uniform")
+_MLA = "is only used when attention_type is mla (attention_type is mha)"
+_ENTRY = "is only used in an entry with {values}; this one has {found}"
+_ONE_RATE = "is not used when depth_variant is prefix, where each Stack has one rate"
+
+ONLY_USED = (
+    OnlyUsed("model.global_every", "model.window"),
+    OnlyUsed("model.local_rope_theta", "model.window"),
+    OnlyUsed("model.attention_custom.attention_type", "model.attention_preset", ("custom",)),
+    OnlyUsed("model.attention_custom.attention_mode", "model.attention_preset", ("custom",)),
+    OnlyUsed("model.attention_custom.mla_rq", "model.attention_preset", _LATENT),
+    OnlyUsed("model.attention_custom.mla_rq", "model.latents", text=_MLA),
+    OnlyUsed("model.attention_custom.mla_rkv", "model.attention_preset", _LATENT),
+    OnlyUsed("model.attention_custom.mla_rkv", "model.latents", text=_MLA),
+    OnlyUsed("model.attention_custom.mla_latents", "model.attention_preset", _LATENT),
+    OnlyUsed("model.attention_custom.mla_latents", "model.latents", text=_MLA),
+    OnlyUsed("model.attention_custom.mla_rope_dim", "model.attention_preset", _LATENT),
+    OnlyUsed("model.attention_custom.mla_rope_dim", "model.latents", text=_MLA),
+    OnlyUsed("model.attention_custom.mla_rope_dim", "model.latents", ("shared",)),
+    OnlyUsed("model.attention_custom.mla_rope_dim", "model.use_rope", (True,)),
+    OnlyUsed("model.attention_custom.mla_v_head_dim", "model.attention_preset", _LATENT),
+    OnlyUsed("model.attention_custom.mla_v_head_dim", "model.latents", text=_MLA),
+    OnlyUsed("model.attention_custom.mla_v_head_dim", "model.latents", ("shared",)),
+    OnlyUsed("model.attention_custom.kernel_type", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.kernel_dim", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.kernel_dim", "model.kernel_type", _KERNELS),
+    OnlyUsed("model.attention_custom.kernel_dim", "model.attention_custom.kernel_meaning", ("logit",)),
+    OnlyUsed("model.attention_custom.kernel_meaning", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.kernel_meaning", "model.kernel_type", _KERNELS),
+    OnlyUsed("model.attention_custom.kernel_norm", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.kernel_bandwidth", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.kernel_bandwidth", "model.kernel_type", _KERNELS),
+    OnlyUsed("model.attention_custom.learned_temperature", "model.attention_preset", _KERNEL),
+    OnlyUsed("model.attention_custom.learned_temperature", "model.kernel_type", _KERNELS),
+    OnlyUsed("model.attention_custom.learned_temperature", "model.attention_custom.kernel_meaning", ("logit",)),
+    OnlyUsed("model.tokenizer_embedding.embedding_option", "model.tokenizer_embedding.family"),
+    OnlyUsed("model.tokenizer_embedding.adapter_hidden_dim", "model.tokenizer_embedding.family"),
+    OnlyUsed("model.tokenizer_embedding.embedding_dim", "model.tokenizer_embedding.family"),
+    OnlyUsed("training.end_to_end_scope", "training.strategy", ("end_to_end",)),
+    OnlyUsed("training.phases", "training.strategy", ("phases",)),
+    OnlyUsed("training.phases[].at", "kind", ("add",), _ENTRY),
+    OnlyUsed("training.phases[].init", "kind", ("add",), _ENTRY),
+    OnlyUsed("training.phases[].trunk", "kind", ("add",), _ENTRY),
+    OnlyUsed("training.phases[].precision", "kind", ("add",), _ENTRY),
+    OnlyUsed("training.phases[].cycles", "kind", ("sweep",), _ENTRY),
+    OnlyUsed("training.phases[].unit", "kind", ("sweep",), _ENTRY),
+    OnlyUsed("training.phases[].group", "kind", ("sweep",), _ENTRY),
+    OnlyUsed("training.phases[].group", "unit", ("stack",)),
+    OnlyUsed("training.optimizer.betas", "training.optimizer.optimizer_type", ("adamw", "muon")),
+    OnlyUsed("training.optimizer.eps", "training.optimizer.optimizer_type", ("adamw", "muon")),
+    OnlyUsed("training.optimizer.moments", "training.optimizer.optimizer_type", ("adamw", "muon")),
+    OnlyUsed("training.optimizer.momentum", "training.optimizer.optimizer_type", ("muon", "sgd")),
+    OnlyUsed("training.qlora.rank_pattern", "training.qlora.strategy", ("progressive", "variable")),
+    OnlyUsed("training.qlora.alpha_pattern", "training.qlora.strategy", ("progressive", "variable")),
+    OnlyUsed("training.masking.span_length", "training.masking.unit", ("span",)),
+    OnlyUsed("training.masking.stack_rates", "training.objective", ("mlm",)),
+    OnlyUsed("training.masking.stack_rates", "training.strategy", ("progressive",)),
+    OnlyUsed("training.classification", "training.objective", ("classification",)),
+    OnlyUsed("training.evaluation.draws", "training.objectives", ("diffusion",)),
+    OnlyUsed("training.progressive.time_interpretation", "training.objectives", ("diffusion",)),
+    OnlyUsed("training.diffusion", "training.objectives", ("diffusion",)),
+    OnlyUsed("training.diffusion.depth_variant", "training.progressive.time_interpretation", ("depth",)),
+    OnlyUsed("training.diffusion.levels", "training.progressive.time_interpretation", ("depth",)),
+    OnlyUsed("training.diffusion.difficulty", "training.progressive.time_interpretation", ("depth",)),
+    OnlyUsed("training.diffusion.difficulty", "training.diffusion.levels", ("equal_difficulty",)),
+    OnlyUsed("training.diffusion.expert", "training.progressive.time_interpretation", ("depth",)),
+    OnlyUsed("training.diffusion.condition", "training.progressive.time_interpretation", ("input",)),
+    OnlyUsed("training.diffusion.time_embedding", "training.progressive.time_interpretation", ("input",)),
+    OnlyUsed("training.diffusion.time_dim", "training.progressive.time_interpretation", ("input",)),
+    OnlyUsed("training.diffusion.weighting", "training.depth_variant", (None, "experts", "suffix"), _ONE_RATE),
+    OnlyUsed("training.diffusion.weight_power", "training.depth_variant", (None, "experts", "suffix"), _ONE_RATE),
+    OnlyUsed("training.diffusion.min_rate", "training.diffusion.weighting", ("stratified",)),
+    OnlyUsed("data.path", "data.source", ("files", "huggingface")),
+    OnlyUsed("data.tokenizer.path", "data.tokenizer.kind", ("pretrained",)),
+)
+
+_DERIVED = {
+    "training.objective": "the objective",
+    "training.objectives": "the objective",
+    "model.latents": "mla_latents",
+}
+"""What derived values are called in a message."""
 
 
 def check(config: Settings) -> None:
     """Raises ``conflict`` for the first rule that ``config`` breaks."""
-    progressive, training = config.training.progressive, config.training
-    for objective in training.objectives:
+    for row in ONLY_USED:
+        listed, each, key = row.key.rpartition("[].")
+        if not each:
+            _check_used(row, key, config, "")
+            continue
+        for i, entry in enumerate(_reader(listed)(config)):
+            _check_used(row, key, entry, f"{listed}[{i}].")
+    for rule in _RULES:
+        rule(config)
+
+
+_reader = functools.cache(attrgetter)
+"""A config is checked each time that one is made, which is hundreds of times where settings that fit are searched."""
+
+
+def _check_used(row: OnlyUsed, key: str, owner: Section, where: str) -> None:
+    """Refuses ``key`` of ``owner``, which stands at ``where``, if it is set and not used."""
+    parent, _, name = key.rpartition(".")
+    section = _reader(parent)(owner) if parent else owner
+    value = getattr(section, name)
+    if value == type(section).model_fields[name].default:
+        return
+    found = _reader(row.setting)(owner)
+    several = found if isinstance(found, tuple) else (found,)
+    if any(one in row.values for one in several) if row.values else found is not None:
+        return
+    above, _, last = row.setting.rpartition(".")
+    in_reach = not above or key.startswith(f"{above}.")  # beside the key or above it: the last name says which it is
+    text = (row.text or "is only used when {setting} is {values} ({setting} is {found})").format(
+        setting=_DERIVED.get(row.setting, last if in_reach else row.setting),
+        values=_or(row.values) if row.values else "set",
+        found=", ".join(map(_plain, several)),
+    )
+    whole = isinstance(value, Section) or row.key == "training.phases"
+    raise conflict(where + key, text if whole else f"{show(value)} {text}")
+
+
+def _plain(value: Any) -> str:
+    """``value`` as YAML has it: names without quotes."""
+    return value if isinstance(value, str) else show(value)
+
+
+def _or(values: tuple[Any, ...]) -> str:
+    *others, last = map(_plain, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _one_for_each_stack(key: str, entries: Any, n_stacks: int, at_least: bool = False) -> None:
+    """Refuses a list at ``key`` that has not one entry a Stack."""
+    if isinstance(entries, tuple) and (len(entries) < n_stacks if at_least else len(entries) != n_stacks):
+        raise conflict(key, f"has {len(entries)} entries for {n_stacks} Stacks; give one a Stack")
+
+
+def _direction(config: Settings) -> None:
+    preset = config.model.attention_preset
+    for objective in config.training.objectives:
         mode = config.mode_of(objective)
         if objective == "clm" and mode == "bidirectional":
             raise conflict(
                 "model.attention_preset",
-                f"{config.model.attention_preset!r} is bidirectional and would see the tokens that clm predicts; "
+                f"{preset!r} is bidirectional and would see the tokens that clm predicts; "
                 "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
             )
         if objective in ("mlm", "diffusion") and mode == "causal":
             raise conflict(
                 "model.attention_preset",
-                f"{config.model.attention_preset!r} is causal and {objective} reads both sides; set bert_style, "
+                f"{preset!r} is causal and {objective} reads both sides; set bert_style, "
                 "or training.progressive.training_objective: clm",
             )
-    _check_diffusion(config)
-    _check_masking(config)
-    if training.objective != "classification" and training.classification != ClassificationConfig():
-        raise conflict(
-            "training.classification",
-            f"is read by classification (training_objective is {training.objective})",
-        )
-    if training.objective == "classification" and progressive.cache_activations:
-        raise conflict(
-            "training.progressive.cache_activations",
-            "true needs batches of a token store; classification takes them from a data loader",
-        )
+
+
+def _text(config: Settings) -> None:
+    """The tokenizer beside a family's table, and the length of a sequence."""
     tokenizer, family = config.data.tokenizer, config.model.tokenizer_embedding.family
     if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
         raise conflict(
@@ -52,86 +198,35 @@ def check(config: Settings) -> None:
             f"{tokenizer.kind!r} does not fit the table of model.tokenizer_embedding.family, which comes with its "
             "own tokenizer; leave data.tokenizer out",
         )
-    positions = config.model.learned_positions
-    if positions is not None and training.seq_len > positions:
+    positions, seq_len = config.model.learned_positions, config.training.seq_len
+    if positions is not None and seq_len > positions:
         raise conflict(
             "training.seq_len",
-            f"{training.seq_len} is longer than the table of learned positions (model.learned_positions: {positions})",
+            f"{seq_len} is longer than the table of learned positions (model.learned_positions: {positions})",
         )
-    blocks = config.model.architecture.blocks_per_stack
-    if isinstance(blocks, tuple) and len(blocks) < config.target_stacks:
-        raise conflict(
-            "model.architecture.blocks_per_stack",
-            f"has {len(blocks)} entries for {config.target_stacks} Stacks; give one a Stack",
-        )
-    _check_growth(config)
-    if progressive.building_mode == "interleave" and config.model.initial is None:
-        raise conflict(
-            "training.progressive.building_mode",
-            "'interleave' goes between the Stacks of a Rack that is there (model.initial, or train --from); "
-            "allowed without one: append, prepend",
-        )
-    if progressive.optimizer_state == "copy" and progressive.new_stack_init != "copy":
-        raise conflict(
-            "training.progressive.optimizer_state",
-            f"'copy' needs new_stack_init: copy (it is {progressive.new_stack_init})",
-        )
-    fractions = progressive.phase_fractions
-    if training.strategy == "progressive" and fractions is not None:
-        if len(fractions) != config.target_stacks:
-            raise conflict(
-                "training.progressive.phase_fractions",
-                f"has {len(fractions)} entries for {config.target_stacks} Stacks; give one a Stack",
-            )
-        if abs(sum(fractions) + progressive.joint_fraction - 1.0) > 1e-6:
-            raise conflict(
-                "training.progressive.phase_fractions",
-                f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
-            )
 
 
-def _check_diffusion(config: Settings) -> None:
-    """Noise levels, blocks and depth as time."""
-    training, diffusion, progressive = config.training, config.training.diffusion, config.training.progressive
-    time = progressive.time_interpretation
-    if "diffusion" not in training.objectives:
-        if training.evaluation.draws != 1:
-            raise conflict(
-                "training.evaluation.draws",
-                f"{training.evaluation.draws} is read by diffusion (training_objective is {training.objective})",
-            )
-        for key, value in (("training.progressive.time_interpretation", time), ("training.diffusion", diffusion)):
-            if value not in (None, DiffusionConfig()):
-                shown = repr(value) if isinstance(value, str) else "has settings that differ from the default; it"
-                raise conflict(key, f"{shown} is read by diffusion (training_objective is {training.objective})")
-        return
-    readers = {
-        "depth_variant": "depth", "levels": "depth", "difficulty": "depth", "expert": "depth",
-        "condition": "input", "time_embedding": "input", "time_dim": "input",
-    }  # fmt: skip
-    for key, reader in readers.items():
-        if getattr(diffusion, key) != DiffusionConfig.model_fields[key].default and time != reader:
-            raise conflict(
-                f"training.diffusion.{key}",
-                f"{getattr(diffusion, key)!r} is read when training.progressive.time_interpretation is {reader} "
-                f"(it is {'null' if time is None else time})",
-            )
-    if time == "depth" and diffusion.depth_variant == "prefix" and diffusion.weighting != "stratified":
+def _update(config: Settings) -> None:
+    """What the optimizer can do."""
+    training = config.training
+    if training.optimizer.in_backward and training.grad_clip is not None:
         raise conflict(
-            "training.diffusion.weighting",
-            f"{diffusion.weighting!r} is not read by depth_variant prefix, whose Stacks have one rate each",
+            "training.optimizer.in_backward",
+            f"true cannot clip by the norm of all gradients (grad_clip is {training.grad_clip:g}), which is not known "
+            "before the first update; set grad_clip: null",
         )
-    if time == "depth" and diffusion.depth_variant == "prefix" and diffusion.weight_power != 1.0:
+    optimizer = training.optimizer.optimizer_type
+    if training.progressive.new_stack_precision == "bfloat16" and optimizer != "adamw":
         raise conflict(
-            "training.diffusion.weight_power",
-            f"{diffusion.weight_power:g} is not read by depth_variant prefix, whose Stacks have one rate each",
+            "training.progressive.new_stack_precision",
+            f"'bfloat16' weights are updated by adamw, which rounds at random; optimizer_type is {optimizer}",
         )
-    if diffusion.weighting != "stratified" and diffusion.min_rate != DiffusionConfig().min_rate:
-        raise conflict(
-            "training.diffusion.min_rate",
-            f"{diffusion.min_rate:g} is read when weighting is stratified (it is {diffusion.weighting})",
-        )
-    levels = diffusion.levels
+
+
+def _noise(config: Settings) -> None:
+    """Where the noise levels of Stacks meet, and blocks of tokens."""
+    training, levels = config.training, config.training.diffusion.levels
+    time = training.progressive.time_interpretation
     if isinstance(levels, tuple) and (
         len(levels) != config.target_stacks + 1
         or (levels[0], levels[-1]) != (1.0, 0.0)
@@ -148,64 +243,34 @@ def _check_diffusion(config: Settings) -> None:
             "training.progressive.time_interpretation",
             f"{time!r} goes with diffusion in every phase; some train {other}",
         )
-    block = diffusion.block_length
-    if block is not None:
-        if training.seq_len % block:
-            raise conflict("training.diffusion.block_length", f"{block} does not divide seq_len ({training.seq_len})")
-        if time is not None:
-            raise conflict("training.diffusion.block_length", f"{block} goes with time_interpretation: null")
-        if config.model.window is not None or config.model.attention_custom.kernel_meaning == "weight":
-            raise conflict("training.diffusion.block_length", f"{block} goes with attention over all tokens")
-    if time == "depth":
-        _check_depth(config)
-
-
-def _check_masking(config: Settings) -> None:
-    """Masking rates of the Stacks."""
-    rates, training = config.training.masking.stack_rates, config.training
-    if rates is None:
+    key, block = "training.diffusion.block_length", training.diffusion.block_length
+    if block is None:
         return
-    key, progressive = "training.masking.stack_rates", training.progressive
-    if training.objective != "mlm" or training.strategy != "progressive":
-        raise conflict(
-            key,
-            f"{list(rates)} is read by mlm with strategy progressive (training_objective is {training.objective}, "
-            f"strategy {training.strategy})",
-        )
-    if len(rates) != config.target_stacks:
-        raise conflict(key, f"has {len(rates)} entries for {config.target_stacks} Stacks; give one a Stack")
-    if progressive.cache_activations or progressive.building_mode == "interleave":
-        what = "cache_activations" if progressive.cache_activations else "building_mode: interleave"
-        raise conflict(key, f"{list(rates)} cannot go with {what}: each phase has masks of its own")
+    if training.seq_len % block:
+        raise conflict(key, f"{block} does not divide seq_len ({training.seq_len})")
+    if time is not None:
+        raise conflict(key, f"{block} goes with time_interpretation: null")
+    if config.model.window is not None or config.model.attention_custom.kernel_meaning == "weight":
+        raise conflict(key, f"{block} goes with attention over all tokens")
 
 
-def _check_depth(config: Settings) -> None:
+def _depth(config: Settings) -> None:
     """Which curricula train Stacks that share the noise levels."""
-    progressive, variant = config.training.progressive, config.training.diffusion.depth_variant
-    if config.training.strategy == "phases" or config.training.end_to_end_scope != "rackwise":
+    training, progressive, variant = config.training, config.training.progressive, config.training.depth_variant
+    if variant is None:
+        return
+    if training.strategy == "phases" or training.end_to_end_scope != "rackwise":
         raise conflict(
             "training.progressive.time_interpretation",
             "'depth' goes with strategy progressive or end_to_end (rackwise)",
         )
-    expert = config.training.diffusion.expert
-    if expert is not None:
-        frozen = config.training.strategy == "progressive" and progressive.trunk_strategy == "frozen"
-        if variant != "experts" or not frozen or expert >= config.target_stacks or progressive.joint_fraction:
-            raise conflict(
-                "training.diffusion.expert",
-                f"{expert} needs depth_variant experts, strategy progressive, trunk_strategy frozen, no "
-                f"joint_fraction, and one of the {config.target_stacks} Stacks, counted from 0",
-            )
-    if (config.model.initial is not None) != (expert is not None and expert > 0):
-        what = "starts without model.initial" if expert in (None, 0) else "starts from a run of expert 0 (--from)"
-        key = "training.progressive.time_interpretation" if expert is None else "training.diffusion.expert"
-        raise conflict(key, f"{'depth' if expert is None else expert!r} {what}")
+    _expert(config)
     if progressive.cache_activations:
         raise conflict(
             "training.progressive.cache_activations",
             "true cannot go with time_interpretation: depth, whose Stacks read tokens",
         )
-    if config.training.strategy != "progressive":
+    if training.strategy != "progressive":
         return
     wanted = "prepend" if variant == "suffix" else "append"
     if progressive.building_mode != wanted:
@@ -220,77 +285,135 @@ def _check_depth(config: Settings) -> None:
         )
 
 
-def _check_growth(config: Settings) -> None:
-    """What becomes of the trunk: strategies, storage, adapters, cache."""
-    training, progressive, qlora = config.training, config.training.progressive, config.training.qlora
-    if (training.strategy == "phases") != bool(training.phases):
-        if training.phases:
-            raise conflict("training.phases", f"is read when strategy is phases (it is {training.strategy})")
+def _expert(config: Settings) -> None:
+    """One expert in a process of its own, and the run that it starts from."""
+    training, expert = config.training, config.training.diffusion.expert
+    if expert is not None:
+        frozen = training.strategy == "progressive" and training.progressive.trunk_strategy == "frozen"
+        fits = training.depth_variant == "experts" and frozen and expert < config.target_stacks
+        if not fits or training.progressive.joint_fraction:
+            raise conflict(
+                "training.diffusion.expert",
+                f"{expert} needs depth_variant experts, strategy progressive, trunk_strategy frozen, no "
+                f"joint_fraction, and one of the {config.target_stacks} Stacks, counted from 0",
+            )
+    if (config.model.initial is not None) != (expert is not None and expert > 0):
+        what = "starts without model.initial" if expert in (None, 0) else "starts from a run of expert 0 (--from)"
+        key = "training.progressive.time_interpretation" if expert is None else "training.diffusion.expert"
+        raise conflict(key, f"{'depth' if expert is None else expert!r} {what}")
+
+
+def _masking(config: Settings) -> None:
+    """Masking rates of the Stacks."""
+    key, rates = "training.masking.stack_rates", config.training.masking.stack_rates
+    progressive = config.training.progressive
+    if rates is None:
+        return
+    _one_for_each_stack(key, rates, config.target_stacks)
+    if progressive.cache_activations or progressive.building_mode == "interleave":
+        what = "cache_activations" if progressive.cache_activations else "building_mode: interleave"
+        raise conflict(key, f"{list(rates)} cannot go with {what}: each phase has masks of its own")
+
+
+def _growth(config: Settings) -> None:
+    """The Stacks that join: how many, where, from what, for how long."""
+    training, progressive = config.training, config.training.progressive
+    if training.strategy == "phases" and not training.phases:
         raise conflict("training.phases", "must list the phases when strategy is phases")
-    if training.end_to_end_scope != "rackwise" and training.strategy != "end_to_end":
+    _one_for_each_stack(
+        "model.architecture.blocks_per_stack", config.model.architecture.blocks_per_stack, config.target_stacks, True
+    )
+    if progressive.building_mode == "interleave" and config.model.initial is None:
         raise conflict(
-            "training.end_to_end_scope",
-            f"{training.end_to_end_scope!r} is read when strategy is end_to_end (it is {training.strategy})",
+            "training.progressive.building_mode",
+            "'interleave' goes between the Stacks of a Rack that is there (model.initial, or train --from); "
+            "allowed without one: append, prepend",
         )
-    trunks = config.trunks()
-    for i, entry in enumerate(training.phases):
-        strategy = entry.trunk or progressive.trunk_strategy
-        if strategy == "trainable" and entry.precision not in (None, "full"):
+    if progressive.optimizer_state == "copy" and progressive.new_stack_init != "copy":
+        raise conflict(
+            "training.progressive.optimizer_state",
+            f"'copy' needs new_stack_init: copy (it is {progressive.new_stack_init})",
+        )
+    fractions = progressive.phase_fractions
+    if training.strategy == "progressive" and fractions is not None:
+        _one_for_each_stack("training.progressive.phase_fractions", fractions, config.target_stacks)
+        if abs(sum(fractions) + progressive.joint_fraction - 1.0) > 1e-6:
+            raise conflict(
+                "training.progressive.phase_fractions",
+                f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
+            )
+
+
+def _storage(config: Settings) -> None:
+    """How weights are stored, of the trunk and of what joins it."""
+    progressive = config.training.progressive
+    for i, entry in enumerate(config.training.phases):
+        trains = (entry.trunk or progressive.trunk_strategy) == "trainable"
+        if trains and entry.precision not in (None, "full"):
             raise conflict(
                 f"training.phases[{i}].precision",
                 f"{entry.precision!r} is of a frozen trunk, but the trunk is trainable; "
                 "set trunk: frozen or qlora, or precision: full",
             )
-    strategies = set(trunks.values())
-    if "qlora" in strategies and not (qlora.enabled or qlora.progressive_enabled):
-        raise conflict(
-            _key_of(trunks, "qlora"),
-            "'qlora' trains adapters, and there are none; set training.qlora.enabled or "
-            "training.qlora.progressive_enabled to true",
-        )
-    if strategies == {"trainable"} and progressive.trunk_precision != "full":
+    if set(config.trunks().values()) == {"trainable"} and progressive.trunk_precision != "full":
         raise conflict(
             "training.progressive.trunk_precision",
             f"{progressive.trunk_precision!r} is of a frozen trunk, but trunk_strategy is trainable; "
             "set trunk_strategy: frozen or qlora, or trunk_precision: full",
         )
-    if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not qlora.enabled:
+    if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not config.training.qlora.enabled:
         raise conflict(
             "training.progressive.new_stack_precision",
             f"{progressive.new_stack_precision!r} cannot train; allowed: {', '.join(TRAINABLE_PRECISIONS)}, or "
             "set training.qlora.enabled: true, whose adapters train",
         )
-    still = strategies - {"trainable"}
+
+
+def _trunk(config: Settings) -> None:
+    """What the trunk does when Stacks join it: adapters, a shared head, Stacks off the device."""
+    training, qlora, trunks = config.training, config.training.qlora, config.trunks()
+    of_strategy = {strategy: key for key, strategy in reversed(trunks.items())}  # the first key of each
+    if "qlora" in of_strategy and not (qlora.enabled or qlora.progressive_enabled):
+        raise conflict(
+            of_strategy["qlora"],
+            "'qlora' trains adapters, and there are none; set training.qlora.enabled or "
+            "training.qlora.progressive_enabled to true",
+        )
+    still = of_strategy.keys() - {"trainable"}
     if still and config.model.tie_embeddings and config.model.initial is None:
         kind = min(still)
         raise conflict(
             "model.tie_embeddings",
-            f"true cannot go with {_key_of(trunks, kind)}: {kind}, since "
+            f"true cannot go with {of_strategy[kind]}: {kind}, since "
             "training the head would change what the trunk reads; set it to false, or the trunk to trainable",
         )
-    if progressive.cache_activations:
-        if len(training.objectives) > 1:
-            raise conflict(
-                "training.progressive.cache_activations",
-                f"true keeps the inputs of one objective; the phases have {', '.join(training.objectives)}",
-            )
-        append = training.strategy == "progressive" and progressive.building_mode == "append"
-        if training.strategy == "phases":
-            append = bool(trunks) and all(entry.at == "right" for entry in training.phases)
-        if strategies - {"frozen"} or not append:
-            raise conflict(
-                "training.progressive.cache_activations",
-                "true needs Stacks appended to a frozen trunk: what is cached would change with a trunk that "
-                "trains, or with Stacks that join before it; set trunk_strategy: frozen and building_mode: append",
-            )
     if training.offload != "none" and not config.freezes_stacks:
         grows = training.strategy == "progressive" and trunks
         why = "but trunk_strategy is trainable" if grows else "and no phase freezes any"
         raise conflict("training.offload", f"{training.offload!r} is of frozen Stacks, {why}")
     for key in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(qlora, key)
-        if not isinstance(pattern, str) and len(pattern) < config.target_stacks:
-            raise conflict(
-                f"training.qlora.{key}",
-                f"has {len(pattern)} entries for {config.target_stacks} Stacks; give one a Stack",
-            )
+        _one_for_each_stack(f"training.qlora.{key}", getattr(qlora, key), config.target_stacks, True)
+
+
+def _cache(config: Settings) -> None:
+    """What a cache of hidden states needs, to stay right."""
+    training, trunks = config.training, config.trunks()
+    if not training.progressive.cache_activations:
+        return
+    key = "training.progressive.cache_activations"
+    if training.objective == "classification":
+        raise conflict(key, "true needs batches of a token store; classification takes them from a data loader")
+    if len(training.objectives) > 1:
+        raise conflict(key, f"true keeps the inputs of one objective; the phases have {', '.join(training.objectives)}")
+    append = training.strategy == "progressive" and training.progressive.building_mode == "append"
+    if training.strategy == "phases":
+        append = bool(trunks) and all(entry.at == "right" for entry in training.phases)
+    if set(trunks.values()) - {"frozen"} or not append:
+        raise conflict(
+            key,
+            "true needs Stacks appended to a frozen trunk: what is cached would change with a trunk that "
+            "trains, or with Stacks that join before it; set trunk_strategy: frozen and building_mode: append",
+        )
+
+
+_RULES = (_direction, _update, _noise, _depth, _masking, _text, _growth, _storage, _trunk, _cache)

@@ -107,19 +107,6 @@ class TrainingConfig(Section):
                 given[1],
                 f"{getattr(self, given[1])} and {given[0]} ({getattr(self, given[0])}) are both set; keep one budget",
             )
-        if self.optimizer.in_backward and self.grad_clip is not None:
-            raise conflict(
-                "optimizer.in_backward",
-                f"true cannot clip by the norm of all gradients (grad_clip is {self.grad_clip:g}), which is not known "
-                "before the first update; set grad_clip: null",
-            )
-        trains_bf16 = self.progressive.new_stack_precision == "bfloat16"
-        if trains_bf16 and self.optimizer.optimizer_type != "adamw":
-            raise conflict(
-                "progressive.new_stack_precision",
-                f"'bfloat16' weights are updated by adamw, which rounds at random; optimizer_type is "
-                f"{self.optimizer.optimizer_type}",
-            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise conflict(
                 "micro_batch_size",
