@@ -19,7 +19,8 @@ from torch import Tensor
 
 from stackwise.errors import RunError
 from stackwise.store import checkpoints
-from stackwise.store.checkpoints import DTYPE_CODES, CheckpointError, CheckpointStore, weights_sha256
+from stackwise.store.checkpoints import CheckpointError, CheckpointStore
+from stackwise.store.objects import CODE_DTYPES, DTYPE_CODES, weights_sha256
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -116,7 +117,7 @@ def test_an_object_is_a_safetensors_file_named_by_its_hash(tmp_path: Path) -> No
         assert path.name == hashlib.sha256(path.read_bytes()).hexdigest() + ".safetensors"
         length = int.from_bytes(path.read_bytes()[:8], "little")
         for item in json.loads(path.read_bytes()[8 : 8 + length]).values():
-            itemsize = checkpoints.CODE_DTYPES[item["dtype"]].itemsize
+            itemsize = CODE_DTYPES[item["dtype"]].itemsize
             assert (8 + length + item["data_offsets"][0]) % itemsize == 0, "readers that map the file want it aligned"
     read = [load_file(path) for path in files]
     assert {} in read
@@ -124,7 +125,7 @@ def test_an_object_is_a_safetensors_file_named_by_its_hash(tmp_path: Path) -> No
 
 
 def test_tensors_larger_than_a_piece_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "CHUNK_BYTES", 13)
+    monkeypatch.setattr("stackwise.store.objects.CHUNK_BYTES", 13)
     parts = random_parts(3)
     CheckpointStore(tmp_path).save(1, parts, {"seed": 3})
     assert_loads(tmp_path, 1, seed=3)
@@ -190,10 +191,8 @@ def test_one_part_loads_without_reading_the_others(tmp_path: Path, monkeypatch: 
     CheckpointStore(tmp_path).save(1, random_parts(2), {"seed": 2})
     checkpoint = CheckpointStore(tmp_path).load()
     read: list[Path] = []
-    original = checkpoints._read_safetensors
-    monkeypatch.setattr(
-        checkpoints, "_read_safetensors", lambda path, entry: read.append(path) or original(path, entry)
-    )
+    original = checkpoints.read_safetensors
+    monkeypatch.setattr(checkpoints, "read_safetensors", lambda path, entry: read.append(path) or original(path, entry))
     assert "stack.0" in checkpoint.parts and len(checkpoint.parts) == 4
     checkpoint.part("stack.0")
     assert len(read) == 1
@@ -207,8 +206,8 @@ def test_one_part_loads_without_reading_the_others(tmp_path: Path, monkeypatch: 
 def test_a_frozen_part_is_hashed_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep_last=3)
     frozen, hashed = random_parts(0)["stack.0"], []
-    original = checkpoints._hash_part
-    monkeypatch.setattr(checkpoints, "_hash_part", lambda name, t: hashed.append(name) or original(name, t))
+    original = checkpoints.hash_part
+    monkeypatch.setattr(checkpoints, "hash_part", lambda name, t: hashed.append(name) or original(name, t))
     for step in (1, 2, 3):
         parts = {**random_parts(step), "stack.0": frozen}
         store.save(step, parts, {}, unchanged=["stack.0"] if step > 1 else [])
@@ -532,7 +531,7 @@ def test_a_file_that_may_not_grow_further_is_one_line_and_harms_no_checkpoint(tm
     folder = tmp_path / "checkpoints"
     store = prepared(folder)
     big = {**random_parts(3), "embedding": {"weight": torch.zeros(50021)}}
-    needed = sum(checkpoints._hash_part(name, tensors).bytes for name, tensors in big.items())
+    needed = sum(checkpoints.hash_part(name, tensors).bytes for name, tensors in big.items())
 
     def save() -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -15,7 +15,8 @@ from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
 from stackwise.ops.storage import STORAGES
-from stackwise.store.checkpoints import CheckpointStore, weights_sha256
+from stackwise.store.checkpoints import CheckpointStore
+from stackwise.store.objects import weights_sha256
 from stackwise.store.rundir import RunDir
 from stackwise.store.structure import rack_of_checkpoint
 from stackwise.training.loop import Loop

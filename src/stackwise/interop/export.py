@@ -18,7 +18,8 @@ from stackwise.errors import RunError, UserError
 from stackwise.files import publish, scratch_folder
 from stackwise.growth.adapters import adapters_of, plain_rack
 from stackwise.growth.precision import PrecisionManager
-from stackwise.interop.families import Entry, choose_family
+from stackwise.interop.families import choose_family
+from stackwise.interop.family import Entry
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack

@@ -14,7 +14,8 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, open_pretrained
 from stackwise.errors import UserError
-from stackwise.interop.families import FAMILIES, Family, Settings
+from stackwise.interop.families import FAMILIES
+from stackwise.interop.family import Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
 from stackwise.reading import read_object
 from stackwise.runs.run import write_untrained_run

@@ -9,7 +9,7 @@ from typing import Any
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.runs.run import LoadedRun, load, write_untrained_run
-from stackwise.store.checkpoints import weights_sha256
+from stackwise.store.objects import weights_sha256
 from stackwise.store.origin import origin_of
 from stackwise.store.rundir import RunDir
 

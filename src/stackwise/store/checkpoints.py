@@ -5,10 +5,6 @@
 there whole or not at all; ``FOLDER/newest`` then holds its step, by which a lost manifest is noticed. A part that did
 not change is written once, whatever the number of checkpoints that hold it.
 Every load compares the bytes it returns with the object's name. No pickle.
-
-The file format is https://github.com/huggingface/safetensors#format. It is written and read here, one tensor at a time,
-because the library's writer copies a whole part in memory first, and its reader returns tensors that still depend on
-the file (a memory map) after the file's hash was compared.
 """
 
 from __future__ import annotations
@@ -17,9 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import re
-import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,32 +24,20 @@ from torch import Tensor
 
 from stackwise.errors import RunError
 from stackwise.files import remove_leftovers, sync_directory, write_atomic
-from stackwise.reading import MAX_BYTES, parse_json, read_object
+from stackwise.reading import parse_json, read_object
 from stackwise.signals import stop_if_asked
+from stackwise.store.objects import (
+    StoredObject,
+    hash_file,
+    hash_part,
+    header_of,
+    object_of,
+    read_safetensors,
+    serialise,
+)
 
 FORMAT_VERSION = 1
-CHUNK_BYTES = 1 << 26
-"""Tensors are hashed, written and read in pieces of this size, the most that is copied at once."""
 
-# The names that safetensors gives to the dtypes.
-DTYPE_CODES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 _MANIFEST_NAME = re.compile(r"step-(\d{8,})\.json")
 _OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -71,17 +53,9 @@ class CheckpointError(RunError):
 
 
 @dataclass(frozen=True)
-class _Object:
-    """What a manifest says about one part: the hash that names its file, and the file's size."""
-
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Manifest:
     step: int
-    parts: dict[str, _Object]
+    parts: dict[str, StoredObject]
     state: dict[str, Any]
 
 
@@ -113,8 +87,8 @@ class CheckpointStore:
         self._objects = self.folder / "objects"
         self._newest = self.folder / "newest"
         self._verified: set[str] = set()  # hashes of objects this process has written or read whole
-        self._latest: dict[str, _Object] = {}  # the parts of the checkpoint last saved or loaded here
-        self._deposits: dict[str, _Object] = {}  # parts that are in the store and not in memory
+        self._latest: dict[str, StoredObject] = {}  # the parts of the checkpoint last saved or loaded here
+        self._deposits: dict[str, StoredObject] = {}  # parts that are in the store and not in memory
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints whose manifest is sound and whose objects are there, ascending.
@@ -150,13 +124,13 @@ class CheckpointStore:
         text = json.dumps(state, allow_nan=False)
         if parse_json(text) != state:
             raise ValueError("the state of a checkpoint must come back from JSON as it was: no tuples, no integer keys")
-        entries: dict[str, _Object] = {name: self._deposits[name] for name in deposited}
+        entries: dict[str, StoredObject] = {name: self._deposits[name] for name in deposited}
         missing: dict[str, str] = {}  # hash -> a part with that content
         needed_bytes = 0
         try:
             for name, tensors in parts.items():
                 known = self._reusable(name, tensors) if name in unchanged else None
-                entry = entries[name] = known or _hash_part(name, tensors)
+                entry = entries[name] = known or hash_part(name, tensors)
                 if entry.sha256 not in missing and not self._holds(entry):
                     missing[entry.sha256] = name
                     needed_bytes += entry.bytes
@@ -165,7 +139,7 @@ class CheckpointStore:
             needed_bytes += len(manifest_bytes)
             self._make_folders()
             for sha256, name in missing.items():
-                write_atomic(self._object_path(sha256), _serialise(name, parts[name]))
+                write_atomic(self._object_path(sha256), serialise(name, parts[name]))
                 self._verified.add(sha256)
             sync_directory(self._objects)
             path = self._manifest_path(step)
@@ -221,11 +195,11 @@ class CheckpointStore:
 
         CheckpointError when it cannot be written.
         """
-        entry = _hash_part(name, tensors)
+        entry = hash_part(name, tensors)
         try:
             self._make_folders()
             if not self._holds(entry):
-                write_atomic(self._object_path(entry.sha256), _serialise(name, tensors))
+                write_atomic(self._object_path(entry.sha256), serialise(name, tensors))
                 self._verified.add(entry.sha256)
                 sync_directory(self._objects)
         except OSError as error:
@@ -260,7 +234,7 @@ class CheckpointStore:
         entry = self._deposits[name]
         path = self._object_path(entry.sha256)
         try:
-            tensors = _read_safetensors(path, entry, check=entry.sha256 not in self._verified)
+            tensors = read_safetensors(path, entry, check=entry.sha256 not in self._verified)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the weights of {name} cannot be read: {path}: {error}") from error
         self._verified.add(entry.sha256)
@@ -345,7 +319,7 @@ class CheckpointStore:
                     f"the checkpoint of step {step} has format {data['format']} in {path}; "
                     f"this version of StackWise reads {FORMAT_VERSION}"
                 )
-            parts = {name: _object(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
+            parts = {name: object_of(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
             if not isinstance(data["state"], dict):
                 raise ValueError("its state is no object")
             return _Manifest(step, parts, data["state"])
@@ -355,7 +329,7 @@ class CheckpointStore:
             problem = f"the manifest is damaged ({error})"
         raise CheckpointError(f"the checkpoint of step {step} cannot be read: {path}: {problem}")
 
-    def _check_size(self, step: int, name: str, entry: _Object) -> None:
+    def _check_size(self, step: int, name: str, entry: StoredObject) -> None:
         path = self._object_path(entry.sha256)
         try:
             size = path.stat().st_size
@@ -365,11 +339,11 @@ class CheckpointStore:
         if size != entry.bytes:
             self._raise_damaged(step, name, path, f"the file has {size} bytes instead of {entry.bytes}")
 
-    def _read_object(self, step: int, name: str, entry: _Object, device: torch.device) -> dict[str, Tensor]:
+    def _read_object(self, step: int, name: str, entry: StoredObject, device: torch.device) -> dict[str, Tensor]:
         self._check_size(step, name, entry)
         path = self._object_path(entry.sha256)
         try:
-            tensors = _read_safetensors(path, entry)
+            tensors = read_safetensors(path, entry)
         except OSError as error:
             self._raise_damaged(step, name, path, error.strerror or str(error))
         except ValueError as error:
@@ -394,7 +368,7 @@ class CheckpointStore:
 
     def _is_intact(self, manifest: _Manifest) -> bool:
         """Reads every byte of a checkpoint."""
-        return all(_hash_file(self._object_path(entry.sha256)) == entry.sha256 for entry in manifest.parts.values())
+        return all(hash_file(self._object_path(entry.sha256)) == entry.sha256 for entry in manifest.parts.values())
 
     def _intact_step(self, besides: int) -> int | None:
         """The newest checkpoint before ``besides`` that can be loaded, else the first one after it."""
@@ -411,21 +385,21 @@ class CheckpointStore:
 
     # Writing.
 
-    def _reusable(self, name: str, tensors: Mapping[str, Tensor]) -> _Object | None:
+    def _reusable(self, name: str, tensors: Mapping[str, Tensor]) -> StoredObject | None:
         """The object of an unchanged part, where this process knows it to be good and it is of this part's size."""
         entry = self._latest.get(name)
         if entry is None or entry.sha256 not in self._verified or not self._holds(entry):
             return None
-        header, data_bytes = _header(name, tensors)
+        header, data_bytes = header_of(name, tensors)
         return entry if entry.bytes == len(header) + data_bytes else None
 
-    def _holds(self, entry: _Object) -> bool:
+    def _holds(self, entry: StoredObject) -> bool:
         """Whether the object is in the store and good; one this process has not seen whole is read for that."""
         path = self._object_path(entry.sha256)
         if not path.is_file() or path.stat().st_size != entry.bytes:
             return False
         if entry.sha256 not in self._verified:
-            if _hash_file(path) != entry.sha256:
+            if hash_file(path) != entry.sha256:
                 return False
             self._verified.add(entry.sha256)
         return True
@@ -483,7 +457,7 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
             raise KeyError(name)
         return self._store._read_part(self._manifest, name, self._device)
 
-    def entry(self, name: str) -> _Object:
+    def entry(self, name: str) -> StoredObject:
         return self._manifest.parts[name]
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the part
@@ -494,140 +468,6 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._manifest.parts)
-
-
-def weights_sha256(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of tensors, in the order of their names.
-
-    The tensors' device, strides and order do not count. A few MB are copied at a time. ValueError on a name twice.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in named_tensors:
-        if name in tensors:
-            raise ValueError(f"two tensors are named {name!r}")
-        tensors[name] = tensor
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        hasher.update(json.dumps([name, _code(name, tensor), list(tensor.shape)]).encode() + b"\n")
-        for chunk in _tensor_bytes(tensor):
-            hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-def _code(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in DTYPE_CODES:
-        raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be saved; {', '.join(map(str, DTYPE_CODES))} can")
-    return DTYPE_CODES[tensor.dtype]
-
-
-def _tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's elements in row-major order, in pieces; only a tensor that is not contiguous is copied whole."""
-    flat = tensor.detach().contiguous().view(-1)
-    for piece in flat.split(max(1, CHUNK_BYTES // flat.element_size())) if flat.numel() else ():
-        yield piece.cpu().view(torch.uint8).numpy().data
-
-
-def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names by falling element size, then alphabetically: every tensor's bytes are then aligned to its elements."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
-def _header(part: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
-    """The length and header of a safetensors file, padded to 8 bytes, and the number of data bytes after it."""
-    entries: dict[str, Any] = {}
-    offset = 0
-    for name in _ordered(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        code = _code(f"{part}.{name}", tensor)
-        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, offset
-
-
-def _serialise(part: str, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: a function of the tensors' names, dtypes, shapes and values alone."""
-    yield _header(part, tensors)[0]
-    for name in _ordered(tensors):
-        yield from _tensor_bytes(tensors[name])
-
-
-def _hash_part(part: str, tensors: Mapping[str, Tensor]) -> _Object:
-    hasher, size = hashlib.sha256(), 0
-    for chunk in _serialise(part, tensors):
-        hasher.update(chunk)
-        size += len(chunk)
-    return _Object(hasher.hexdigest(), size)
-
-
-def _object(sha256: Any, size: Any) -> _Object:
-    """What a manifest says of a part. ValueError unless that is a hash and a number of bytes."""
-    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256) or type(size) is not int:
-        raise ValueError("a part in it has no hash or no size")
-    return _Object(sha256, size)
-
-
-def _hash_file(path: Path) -> str | None:
-    """The sha256 of a file, None when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def _read_safetensors(path: Path, entry: _Object, check: bool = True) -> dict[str, Tensor]:
-    """The tensors of an object in memory of their own, hashed as they are read. ValueError when it is damaged.
-
-    ``check=False`` leaves the hash out, for an object that this process has read whole before.
-    """
-    hasher = hashlib.sha256()
-    damaged = "its content does not match its sha256"
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if 8 + length > entry.bytes or length > MAX_BYTES:
-            raise ValueError(damaged)
-        header = file.read(length)
-        hasher.update(prefix)
-        hasher.update(header)
-        try:
-            layout = [
-                (name, CODE_DTYPES[item["dtype"]], item["shape"], *item["data_offsets"])
-                for name, item in parse_json(header).items()
-            ]
-            layout.sort(key=lambda item: item[3:])
-            at = 0
-            for _, dtype, shape, start, end in layout:
-                if start != at or not isinstance(end, int) or end < start:
-                    raise ValueError(damaged)
-                if (
-                    not all(type(n) is int and n >= 0 for n in shape)
-                    or math.prod(shape) * dtype.itemsize != end - start
-                ):
-                    raise ValueError(damaged)
-                at = end
-            if 8 + length + at != entry.bytes:
-                raise ValueError(damaged)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(damaged) from None
-        buffers = []
-        for _, _, _, start, end in layout:
-            buffer = torch.empty(end - start, dtype=torch.uint8)
-            view = buffer.numpy().data
-            for first in range(0, len(view), CHUNK_BYTES):
-                piece = view[first : first + CHUNK_BYTES]
-                if file.readinto(piece) != len(piece):
-                    raise ValueError("the file ends too early")
-                if check:
-                    hasher.update(piece)
-            buffers.append(buffer)
-    if check and hasher.hexdigest() != entry.sha256:
-        raise ValueError(damaged)
-    return {name: buffer.view(dtype).reshape(shape) for (name, dtype, shape, _, _), buffer in zip(layout, buffers)}
 
 
 def _manifest_bytes(manifest: _Manifest) -> bytes:

@@ -32,7 +32,8 @@ from stackwise.ops.precision import autocast
 from stackwise.optim.create import InBackward, create_optimizer
 from stackwise.signals import StopRequest, stop_if_asked, stoppable
 from stackwise.store.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
-from stackwise.store.checkpoints import Checkpoint, CheckpointStore, weights_sha256
+from stackwise.store.checkpoints import Checkpoint, CheckpointStore
+from stackwise.store.objects import weights_sha256
 from stackwise.store.rundir import RunDir
 from stackwise.store.state import PhaseRecord, RunState
 from stackwise.store.structure import structure
