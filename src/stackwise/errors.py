@@ -1,4 +1,7 @@
-"""Errors that end a command with one line instead of a traceback."""
+"""Errors that end a command with one line instead of a traceback, and what such a line says of names."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -22,3 +25,16 @@ STOPPED = 3
 
 INTERRUPTED = 130
 """The exit code of a command that a signal ended before there was anything to go on from."""
+
+
+def nearest(name: object, known: Iterable[str], likeness: float = 0.7) -> str | None:
+    """The one of ``known`` that ``name`` may be a misspelling of. ``likeness``: from 0 to 1, the least that counts."""
+    found = difflib.get_close_matches(str(name), list(known), 1, likeness)
+    return found[0] if found else None
+
+
+def allowed(name: object, known: Iterable[str]) -> str:
+    """What to say after "NAME is wrong; ": ``allowed: a, b``, and ``; did you mean b?`` for a misspelt ``b``."""
+    known = list(known)
+    near = nearest(name, known)
+    return f"allowed: {', '.join(known)}" + (f"; did you mean {near}?" if near else "")

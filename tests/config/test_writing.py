@@ -123,6 +123,6 @@ def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError) as raised:
         preset_config("charcters")
     assert str(raised.value) == (
-        "'charcters' is not a preset; there are: default, demo, tiny, characters, bert, diffusion, gpu; "
+        "'charcters' is not a preset; allowed: default, demo, tiny, characters, bert, diffusion, gpu; "
         "did you mean characters?"
     )

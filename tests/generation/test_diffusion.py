@@ -212,7 +212,7 @@ def test_a_denoiser_that_does_not_see_the_level_is_asked_only_when_tokens_change
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"order": "confidense"}, r"near: confidence"),
+        ({"order": "confidense"}, r"did you mean confidence\?$"),
         ({"steps": 0}, r"steps is 0"),
         ({"order": "threshold"}, r"threshold is None"),
         ({"order": "threshold", "threshold": 1.5}, r"threshold is 1.5"),

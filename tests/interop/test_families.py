@@ -250,8 +250,8 @@ def test_a_spec_that_differs_in_one_thing_is_never_exported_as_the_family(name, 
 
 
 REFUSED = [
-    ({"model_type": "llamb"}, "model_type: 'llamb' cannot be imported; known: llama, qwen3, deepseek_v3, gpt2, "
-     "modernbert; the nearest is llama"),
+    ({"model_type": "llamb"}, "model_type: 'llamb' cannot be imported; allowed: llama, qwen3, deepseek_v3, gpt2, "
+     "modernbert; did you mean llama?"),
     ({"hidden_act": "gelu"}, "config.json: hidden_act: 'gelu' cannot be expressed as a Rack; allowed: silu"),
     ({"attention_bias": True}, "config.json: attention_bias: True cannot be expressed as a Rack; allowed: false"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},

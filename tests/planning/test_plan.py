@@ -89,7 +89,7 @@ def test_a_device_that_computes_in_float32_has_no_rate_on_its_data_sheet_here() 
 
 
 def test_an_unknown_device_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"--device: 'h300' is not known; known are cpu, cuda, mps, h200"):
+    with pytest.raises(UserError, match=r"--device: 'h300' is not known; allowed: cpu, cuda, mps, h200"):
         named_machine("h300", config().training)
 
 

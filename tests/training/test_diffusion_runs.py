@@ -270,7 +270,7 @@ def test_generate_fills_a_template_and_goes_on_from_a_prompt(folder, tmp_path, c
     "options, message",
     [
         (["--top-k", "3"], "--top-k is read by runs of clm"),
-        (["--order", "confidance"], "near: confidence"),
+        (["--order", "confidance"], "did you mean confidence?"),
         (["--template", "abc"], "has no gap; write {20}"),
         (["--template", "{3}", "--prompt", "a"], "are both given"),
     ],

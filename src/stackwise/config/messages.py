@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from stackwise.config.section import Section
+from stackwise.errors import nearest
 
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 _BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
@@ -66,13 +66,13 @@ def unknown_key(schema: type[Section], path: tuple[str, ...]) -> str:
     keys = all_keys(schema)
     inside = ".".join((*path[:-1], ""))
     same_name = [key for key in keys if key.split(".")[-1] == path[-1]]
-    near_here = difflib.get_close_matches(path[-1], section.model_fields, 1, 0.6)
-    near = difflib.get_close_matches(path[-1], [key.split(".")[-1] for key in keys], 1, 0.8)
+    near_here = nearest(path[-1], section.model_fields)
+    near = nearest(path[-1], [key.split(".")[-1] for key in keys], 0.8)
     suggested = (
         [key for key in same_name if key.startswith(inside)]
         or same_name
-        or [f"{inside}{name}" for name in near_here]
-        or [key for key in keys if key.split(".")[-1] in near]
+        or ([f"{inside}{near_here}"] if near_here else [])
+        or [key for key in keys if key.split(".")[-1] == near]
     )
     if suggested:
         return f"{dotted}: unknown key; did you mean {' or '.join(suggested)}?"
@@ -167,8 +167,8 @@ def _expected(value: Any, options: list[Any], types: list[str], null: str, field
     if not options:
         return f"has the wrong type; must be {' or '.join(types)}{null}"
     names = [str(option).lower() if isinstance(option, bool) else str(option) for option in options]
-    near = difflib.get_close_matches(str(value), names, 1, 0.7)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(value, names)
+    hint = f"; did you mean {near}?" if near else ""
     why = _reason(field) if len(options) == 1 and not types else ""
     return f"is not allowed; allowed: {' or '.join([', '.join(names), *types])}{null}{why}{hint}"
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.errors import ConfigError
+from stackwise.errors import ConfigError, allowed
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -78,7 +77,5 @@ ABOUT = {
 def preset_config(name: str) -> StackWiseConfig:
     """The config of the preset called ``name``; ``ConfigError`` names the ones there are."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{name!r} is not a preset; there are: {', '.join(PRESETS)}{hint}")
+        raise ConfigError(f"{name!r} is not a preset; {allowed(name, PRESETS)}")
     return StackWiseConfig.from_dict(PRESETS[name])

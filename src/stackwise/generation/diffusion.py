@@ -5,7 +5,6 @@ B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stackwise.errors import allowed
 from stackwise.generation.sampling import check_draw, keep_top_p, row_seeds, suppress
 from stackwise.ops.noise import check_levels, thresholds
 
@@ -66,8 +66,7 @@ def unmask(
         ValueError: at the call, for settings that do not fit.
     """
     if order not in ORDERS:
-        near = difflib.get_close_matches(str(order), ORDERS, 1)
-        raise ValueError(f"order is {order!r}; allowed: {', '.join(ORDERS)}" + (f" (near: {near[0]})" if near else ""))
+        raise ValueError(f"order is {order!r}; {allowed(order, ORDERS)}")
     _only(order, ("threshold",), threshold=threshold)
     _only(order, ("ancestral",), levels=levels)
     _only(order, ("ancestral", "confidence", "margin", "entropy"), steps=steps)

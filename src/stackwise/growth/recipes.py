@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.errors import UserError
+from stackwise.errors import UserError, allowed
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,5 @@ def with_recipe(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _recipe(name: str, option: str = "--recipe") -> Recipe:
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{option}: {name!r} is not a recipe{hint} (allowed: {', '.join(RECIPES)})")
+        raise UserError(f"{option}: {name!r} is not a recipe; {allowed(name, RECIPES)}")
     return RECIPES[name]

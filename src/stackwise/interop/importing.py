@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, open_pretrained
-from stackwise.errors import UserError
+from stackwise.errors import UserError, allowed
 from stackwise.interop.families import FAMILIES
 from stackwise.interop.family import Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
@@ -44,9 +43,7 @@ def family_of(settings: Settings, folder: str | Path) -> Family:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(f"{folder}: quantization_config: {method!r} weights cannot be imported; use full ones")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, 1, 0.5)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise UserError(f"{folder}: model_type: {kind!r} cannot be imported; known: {', '.join(FAMILIES)}{hint}")
+        raise UserError(f"{folder}: model_type: {kind!r} cannot be imported; {allowed(kind, FAMILIES)}")
     return FAMILIES[kind]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, open_pretrained
-from stackwise.errors import ConfigError, UserError
+from stackwise.errors import ConfigError, UserError, allowed
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.initialisation import init_weights
 from stackwise.model.rack import Rack
@@ -101,7 +101,7 @@ class LexicalKernelManager:
         adapter_hidden_dim: int | None = None,
     ) -> None:
         if embedding_option not in _NAMES:
-            raise ValueError(f"embedding_option is {embedding_option!r}; allowed: {', '.join(_NAMES)}")
+            raise ValueError(f"embedding_option is {embedding_option!r}; {allowed(embedding_option, _NAMES)}")
         self.family, self.embedding_option = str(family), embedding_option
         self.freeze_embeddings, self.adapter_hidden_dim = freeze_embeddings, adapter_hidden_dim
         self._key = f"model.tokenizer_embedding.family: {self.family!r}"

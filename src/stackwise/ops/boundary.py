@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stackwise.errors import allowed
 from stackwise.ops.coding import coding
 
 GROUP = 128
@@ -123,7 +124,7 @@ FORMATS: dict[str, BoundaryFormat] = {
 def boundary_format(name: str) -> BoundaryFormat:
     """ValueError, with the names there are, for another one."""
     if name not in FORMATS:
-        raise ValueError(f"no format of a boundary is named {name!r}; there are {', '.join(FORMATS)}")
+        raise ValueError(f"format of a cached boundary is {name!r}; {allowed(name, FORMATS)}")
     return FORMATS[name]
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stackwise.errors import allowed
 from stackwise.ops.coding import coding
 
 FP8_MAX = 448.0
@@ -178,7 +179,7 @@ STORAGES: dict[str, Storage] = {
 def storage_of(precision: str) -> Storage:
     """ValueError, with the names there are, for one that there is not."""
     if precision not in STORAGES:
-        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(STORAGES)}")
+        raise ValueError(f"precision is {precision!r}; {allowed(precision, STORAGES)}")
     return STORAGES[precision]
 
 

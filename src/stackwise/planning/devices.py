@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from stackwise.config.run import TrainingConfig
-from stackwise.errors import UserError
+from stackwise.errors import UserError, allowed
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 
 # Dense bfloat16 FLOP/s of the data sheets, by the device's name without maker, series, socket and memory.
@@ -122,7 +122,7 @@ def named_machine(name: str, training: TrainingConfig, folder: Path | None = Non
                 f"--device: {name} is not on this machine; name one that need not be here: {', '.join(DEVICES)}"
             ) from None
     if wanted not in DEVICES:
-        raise UserError(f"--device: {name!r} is not known; known are cpu, cuda, mps, {', '.join(DEVICES)}")
+        raise UserError(f"--device: {name!r} is not known; {allowed(wanted, ('cpu', 'cuda', 'mps', *DEVICES))}")
     label, memory = DEVICES[wanted]
     dtype = None if training.compute_dtype == "float32" else torch.bfloat16
     rate = BF16_PEAK[label] if dtype is not None else None

@@ -9,6 +9,7 @@ from torch import nn
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.model import AttentionPreset
+from stackwise.errors import allowed
 from stackwise.model.attention.core import CoreAttention
 from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 
@@ -101,7 +102,7 @@ class AttentionPresets:
     def get(name: str) -> Callable[..., CoreAttention]:
         """The preset called ``name``. ValueError lists the ones there are."""
         if name not in PRESET_NAMES:
-            raise ValueError(f"{name!r} is not an attention preset; there are: {', '.join(PRESET_NAMES)}")
+            raise ValueError(f"{name!r} is not an attention preset; {allowed(name, PRESET_NAMES)}")
         return getattr(AttentionPresets, name)
 
 
