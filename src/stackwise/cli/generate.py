@@ -2,72 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stackwise.cli.train import Json
+from stackwise.errors import UserError
+
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")]
+_Prompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="Text to go on from (default: the start of a document); repeat it for several"),
+]
+_Tokens = Annotated[
+    int, typer.Option("--tokens", min=1, max=1 << 24, help="Tokens to generate at most, for each prompt")
+]
+_Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")]
+_Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]
+_TopK = Annotated[int | None, typer.Option("--top-k", min=1, max=1 << 24, help="clm: draw among so many tokens")]
+_TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")]
+_MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", min=0.0, max=1.0, help="clm: leave out what is less likely than this times the likeliest"),
+]
+_Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="clm: end before this text; may be repeated"),
+]
+_Template = Annotated[
+    str | None,
+    typer.Option("--template", metavar="TEXT", help="diffusion: fill its gaps; {20} is one of 20 tokens"),
+]
+_Order = Annotated[
+    str | None,
+    typer.Option(
+        "--order",
+        help="diffusion: ancestral, first_hitting, confidence, margin, entropy or threshold "
+        "(default: ancestral; in blocks first_hitting)",
+    ),
+]
+_Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="diffusion: so many (default: one a token); of each Stack if depth is time"),
+]
+_Threshold = Annotated[
+    float | None, typer.Option("--threshold", help="diffusion, order threshold: fill all gaps at least so sure")
+]
+_Guidance = Annotated[
+    float, typer.Option("--guidance", min=0.0, help="diffusion: how far to lean towards what is given")
+]
+_Show = Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")]
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="Text to go on from (default: the start of a document); repeat it for several"),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=1, max=1 << 24, help="Tokens to generate at most, for each prompt")
-    ] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")] = 0,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, max=1 << 24, help="clm: draw among so many tokens")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            "--min-p", min=0.0, max=1.0, help="clm: leave out what is less likely than this times the likeliest"
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="clm: end before this text; may be repeated"),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", metavar="TEXT", help="diffusion: fill its gaps; {20} is one of 20 tokens"),
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(
-            "--order",
-            help="diffusion: ancestral, first_hitting, confidence, margin, entropy or threshold "
-            "(default: ancestral; in blocks first_hitting)",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", min=1, help="diffusion: so many (default: one a token); of each Stack if depth is time"
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option("--threshold", help="diffusion, order threshold: fill all gaps at least so sure")
-    ] = None,
-    guidance: Annotated[
-        float, typer.Option("--guidance", min=0.0, help="diffusion: how far to lean towards what is given")
-    ] = 0.0,
-    show: Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")] = False,
+    run: _Run,
+    prompt: _Prompt = None,
+    tokens: _Tokens = 200,
+    seed: _Seed = 0,
+    temperature: _Temperature = 0.8,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    min_p: _MinP = None,
+    stop: _Stop = None,
+    template: _Template = None,
+    order: _Order = None,
+    steps: _Steps = None,
+    threshold: _Threshold = None,
+    guidance: _Guidance = 0.0,
+    show: _Show = False,
     as_json: Json = False,
 ) -> None:
     """Write text: after a prompt, or into gaps (diffusion)."""
     from stackwise.cli.results import print_json
-    from stackwise.errors import UserError
     from stackwise.generation.sampling import row_seeds
     from stackwise.generation.text import stream_texts
     from stackwise.runs.run import load
@@ -77,21 +85,19 @@ def generate(
         raise UserError("--template and --prompt are both given; the template holds what the text begins with")
     prompts = prompt or [""]
     seeds = row_seeds(seed, len(prompts))
-    of_clm = {"--top-k": top_k, "--min-p": min_p, "--stop": stop}
-    of_diffusion = {
-        "--template": template, "--order": order, "--steps": steps, "--threshold": threshold,
-        "--guidance": guidance or None, "--show": show or None,
-    }  # fmt: skip
     diffusion = loaded.config.training.objective == "diffusion"
-    for option, value in (of_clm if diffusion else of_diffusion).items():
-        if value is not None:
-            reader, trained = "clm" if diffusion else "diffusion", loaded.config.training.objective
-            raise UserError(f"{option} is read by runs of {reader}; this one was trained with {trained}")
+    _refuse_unread(
+        loaded.config.training.objective,
+        of_clm={"--top-k": top_k, "--min-p": min_p, "--stop": stop},
+        of_diffusion={
+            "--template": template, "--order": order, "--steps": steps, "--threshold": threshold,
+            "--guidance": guidance or None, "--show": show or None,
+        },
+    )  # fmt: skip
     if diffusion:
-        options = {"order": order, "steps": steps, "threshold": threshold, "guidance": guidance}
         texts = _filled(
             loaded, prompts, tokens, template, show, seeds,
-            {**options, "temperature": temperature, "top_p": top_p},
+            order=order, steps=steps, threshold=threshold, guidance=guidance, temperature=temperature, top_p=top_p,
         )  # fmt: skip
         if template is not None:
             prompts = [template]
@@ -101,24 +107,34 @@ def generate(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         )  # fmt: skip
         if len(prompts) == 1 and not as_json:
-            print(prompts[0], end="", flush=True)
-            for (piece,) in pieces:
-                print(piece, end="", flush=True)
-            print()
+            _print_as_written(prompts[0], pieces)
             return
         texts = ["".join(parts) for parts in zip(*pieces)]
-    results = [{"prompt": p, "seed": s, "text": text} for p, s, text in zip(prompts, seeds, texts, strict=True)]
     if as_json:
+        results = [{"prompt": p, "seed": s, "text": text} for p, s, text in zip(prompts, seeds, texts, strict=True)]
         print_json(results if len(results) > 1 else results[0])
-    elif diffusion:
-        print("\n\n".join(texts))
-    else:
-        print("\n\n".join(f"{p}\n{text}" for p, text in zip(prompts, texts)))
+        return
+    print("\n\n".join(texts if diffusion else [f"{p}\n{text}" for p, text in zip(prompts, texts)]))
+
+
+def _refuse_unread(objective: str, of_clm: dict[str, Any], of_diffusion: dict[str, Any]) -> None:
+    """Refuses options, by name, that a run of another objective would read; None: not given."""
+    theirs, reader = (of_clm, "clm") if objective == "diffusion" else (of_diffusion, "diffusion")
+    for option, value in theirs.items():
+        if value is not None:
+            raise UserError(f"{option} is read by runs of {reader}; this one was trained with {objective}")
+
+
+def _print_as_written(prompt: str, pieces: Iterable[list[str]]) -> None:
+    print(prompt, end="", flush=True)
+    for (piece,) in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _filled(
     loaded: Any, prompts: list[str], n_tokens: int, template: str | None, show: bool, seeds: list[int],
-    options: dict[str, Any],
+    **options: Any,
 ) -> list[str]:  # fmt: skip
     """The whole texts, prompts included; prompts of unequal length one after another."""
     from stackwise.generation.filling import fill_texts, template_ids

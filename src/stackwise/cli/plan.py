@@ -30,26 +30,32 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
+_Memory = Annotated[
+    str | None, typer.Option("--memory", help="Memory of the device, for example 24GB (default: what it has)")
+]
+_Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")
+]
+_HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", help="Memory beside an accelerator, for what waits there")
+]
+_Disk = Annotated[str | None, typer.Option("--disk", help="Room for checkpoints and the activation cache")]
+_FlopsPerSecond = Annotated[
+    float | None,
+    typer.Option("--flops-per-second", help="FLOP/s that training reaches (default: a share of the device's)"),
+]
+_Recipes = Annotated[str | None, typer.Option("--recipes", metavar="A,B,…", help="Compare these recipes, or all")]
+
+
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="Memory of the device, for example 24GB (default: what it has)")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")
-    ] = None,
-    host_memory: Annotated[
-        str | None, typer.Option("--host-memory", help="Memory beside an accelerator, for what waits there")
-    ] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="Room for checkpoints and the activation cache")] = None,
-    flops_per_second: Annotated[
-        float | None,
-        typer.Option("--flops-per-second", help="FLOP/s that training reaches (default: a share of the device's)"),
-    ] = None,
-    recipes: Annotated[
-        str | None, typer.Option("--recipes", metavar="A,B,…", help="Compare these recipes, or all")
-    ] = None,
+    memory: _Memory = None,
+    device: _Device = None,
+    host_memory: _HostMemory = None,
+    disk: _Disk = None,
+    flops_per_second: _FlopsPerSecond = None,
+    recipes: _Recipes = None,
     start: From = None,
     as_json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.objectives import MaskedObjective, create_objective
 from stackwise.objectives.scoring import bits_per_byte, predicted_share, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.runs.run import TEXT, load, run_data
+from stackwise.runs.run import TEXT, LoadedRun, load, run_data
 from stackwise.store.origin import check_origin
 from stackwise.store.rundir import RunDir
 from stackwise.training.progress import Reporter
@@ -47,16 +47,7 @@ def evaluate_run(
             raise UserError(f"--data: {', '.join(map(str, data))}: no text there")
         bytes_per_token = n_bytes / len(tokens)
     else:
-        if loaded.checkpoint.state.get("data", ...) is None:
-            raise UserError(f"{path}: it was not trained here, so no text is its own; give the text with --data F")
-        if not trust_paths:
-            check_origin(RunDir.open(path), config, TEXT, ", --data F scores other text")
-        try:
-            prepared = run_data(RunDir.open(path), config, loaded.checkpoint, reporter)
-        except UserError as error:
-            raise UserError(f"{error}; --data F scores other text") from None
-        prepared.verify()
-        tokens, bytes_per_token = prepared.validation, prepared.bytes_per_token
+        tokens, bytes_per_token = _own_text(Path(path), loaded, reporter, trust_paths)
     device = resolve_device(training.device)
     objective, seq_len = create_objective(config, tokenizer), min(training.seq_len, len(tokens) - 1)
     result = validate(
@@ -83,6 +74,21 @@ def evaluate_run(
         "unigram_bits_per_byte": bits_per_byte(entropies.unigram, bytes_per_predicted),
         "bigram_bits_per_byte": bits_per_byte(entropies.bigram, bytes_per_predicted),
     }
+
+
+def _own_text(path: Path, loaded: LoadedRun, reporter: Reporter, trust_paths: bool) -> tuple[np.ndarray, float]:
+    """The tokens of the run's validation text, and the bytes that one of them stands for."""
+    if loaded.checkpoint.state.get("data", ...) is None:
+        raise UserError(f"{path}: it was not trained here, so no text is its own; give the text with --data F")
+    run_dir = RunDir.open(path)
+    if not trust_paths:
+        check_origin(run_dir, loaded.config, TEXT, ", --data F scores other text")
+    try:
+        prepared = run_data(run_dir, loaded.config, loaded.checkpoint, reporter)
+    except UserError as error:
+        raise UserError(f"{error}; --data F scores other text") from None
+    prepared.verify()
+    return prepared.validation, prepared.bytes_per_token
 
 
 def _given(tokens: np.ndarray, given: frozenset[int], end_id: int) -> dict[str, int]:

@@ -65,6 +65,35 @@ def unmask(
     Raises:
         ValueError: at the call, for settings that do not fit.
     """
+    _check_settings(order, steps, levels, threshold, guidance)
+    check_draw(temperature=temperature, top_p=top_p)
+    seeds = row_seeds(seed, len(tokens)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(tokens):
+        raise ValueError(f"{len(seeds)} seeds for {len(tokens)} sequences")
+    most = int((tokens == mask_id).sum(dim=1).max()) if len(tokens) else 0
+    if levels is not None:
+        levels = check_levels(levels)
+    elif order == "ancestral":
+        levels = thresholds("linear", steps or max(1, most))
+    draw = _Draw(seeds, temperature, top_p)
+    logits_of = _guided(denoise, guidance, mask_id, sorted({mask_id, *suppressed_ids}), tokens.device)
+    device, tokens = tokens.device, tokens.cpu()
+    if order == "ancestral":
+        assert levels is not None
+        made = _ancestral(logits_of, tokens, mask_id, levels, draw, time_free)
+    else:
+        made = _by_order(logits_of, tokens, mask_id, order, steps or max(1, most), threshold, draw)
+    return (step.to(device) for step in made)
+
+
+def _check_settings(
+    order: str,
+    steps: int | None,
+    levels: Sequence[float] | None,
+    threshold: float | None,
+    guidance: tuple[float, Tensor] | None,
+) -> None:
+    """ValueError for a setting out of its range, or one that the order does not use."""
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; {allowed(order, ORDERS)}")
     _only(order, ("threshold",), threshold=threshold)
@@ -78,25 +107,6 @@ def unmask(
         raise ValueError("levels and steps are both given; levels say how many steps there are")
     if guidance is not None and not 0 <= guidance[0] < math.inf:
         raise ValueError(f"guidance is {guidance[0]}; allowed: 0 and above")
-    check_draw(temperature=temperature, top_p=top_p)
-    seeds = row_seeds(seed, len(tokens)) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(tokens):
-        raise ValueError(f"{len(seeds)} seeds for {len(tokens)} sequences")
-    most = int((tokens == mask_id).sum(dim=1).max()) if len(tokens) else 0
-    if levels is not None:
-        levels = check_levels(levels)
-    elif order == "ancestral":
-        levels = thresholds("linear", steps or max(1, most))
-    never = sorted({mask_id, *suppressed_ids})
-    draw = _Draw(seeds, temperature, top_p)
-    logits_of = _guided(denoise, guidance, mask_id, never, tokens.device)
-    device, tokens = tokens.device, tokens.cpu()
-    if order == "ancestral":
-        assert levels is not None
-        made = _ancestral(logits_of, tokens, mask_id, levels, draw, time_free)
-    else:
-        made = _by_order(logits_of, tokens, mask_id, order, steps or max(1, most), threshold, draw)
-    return (step.to(device) for step in made)
 
 
 def _only(order: str, readers: tuple[str, ...], **option: object) -> None:

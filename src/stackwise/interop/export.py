@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from stackwise.interop.family import Entry
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec
 from stackwise.runs.run import load
 from stackwise.signals import stop_if_asked
 
@@ -69,64 +70,84 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
     # Adapted embeddings are one table to whoever reads the model.
     spec = replace(rack.spec, embedding_dim=None, adapter_hidden_dim=None, freeze_embeddings=False)
     max_tokens = spec.learned_positions or max_tokens
-    causal = {block.attention_mode for block in spec.blocks} == {"causal"}
-    auto_class = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
     own: dict[str, Tensor] = {
         name: tensor for name, tensor in rack.state_dict().items() if not name.startswith("embedding.adapter_")
     }
     own["embedding.weight"] = rack.embedding.table().detach()
-    family = choose_family(spec, max_tokens)
-    sources: dict[str, str] = {}
-    settings: dict[str, Any]
-    if family is not None:
-        architecture = family.architecture
-        settings = {"architectures": [architecture], "model_type": family.model_type}
-        settings |= family.settings(spec, max_tokens)
-        entries = list(family.entries(spec))
-    else:
-        sources = remote_sources()
-        architecture = "StackWiseForCausalLM" if causal else "StackWiseForMaskedLM"
-        settings = {
-            "architectures": [architecture],
-            "model_type": "stackwise",
-            "auto_map": {
-                "AutoConfig": "configuration_stackwise.StackWiseModelConfig",
-                auto_class: f"modeling_stackwise.{architecture}",
-            },
-            "max_position_embeddings": max_tokens,
-            "use_cache": False,
-            "rack": spec.to_dict(),
-        }
-        entries = [Entry(f"rack.{name}", (name,)) for name in own]
+    form = _form_of(spec, own, max_tokens)
+    causal, sources = form.causal, form.sources
     ids = special_ids(tokenizer)
     ids.pop("mask_token_id", None)  # the model never asks for it
     if not causal:
         ids = {"cls_token_id": ids["bos_token_id"], "sep_token_id": ids["eos_token_id"], **ids}
-    settings |= {"dtype": "float32", "torch_dtype": "float32", **ids}
+    settings = {**form.settings, "dtype": "float32", "torch_dtype": "float32", **ids}
     try:
         with scratch_folder(out.parent, out.name) as scratch:
             _write_json(scratch / "config.json", settings)
             if causal:
                 generation = {key: value for key, value in ids.items() if value is not None}
-                _write_json(scratch / "generation_config.json", generation | ({} if family else {"use_cache": False}))
-            _write_weights(scratch, entries, own)
+                _write_json(scratch / "generation_config.json", generation | ({"use_cache": False} if sources else {}))
+            _write_weights(scratch, form.entries, own)
             if tokenizer is not None:
                 write_tokenizer(tokenizer, scratch, max_tokens)
             for name, text in sources.items():
                 (scratch / name).write_text(text, encoding="utf-8")
             remote = ", trust_remote_code=True" if sources else ""
-            card = _card(architecture, auto_class, remote, rack, max_tokens)
+            card = _card(form.architecture, form.auto_class, remote, rack, max_tokens)
             (scratch / "README.md").write_text(card, encoding="utf-8")
             if not publish(scratch, out):
                 raise UserError(f"{out}: already exists; give a new or an empty folder")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise RunError(f"{out}: cannot be written: {error}") from error
     return {
-        "architecture": architecture,
+        "architecture": form.architecture,
         "remote_code": bool(sources),
-        "auto_class": auto_class,
+        "auto_class": form.auto_class,
         "parameters": sum(p.numel() for p in rack.parameters()),
     }
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a Rack is exported as: a class of transformers, or remote code (``sources``) where none is equal."""
+
+    causal: bool
+    architecture: str
+    settings: dict[str, Any]
+    entries: list[Entry]
+    sources: dict[str, str]
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForCausalLM" if self.causal else "AutoModelForMaskedLM"
+
+
+def _form_of(spec: RackSpec, own: Mapping[str, Tensor], max_tokens: int) -> _Form:
+    """The form of a Rack whose tensors are ``own``."""
+    causal = {block.attention_mode for block in spec.blocks} == {"causal"}
+    family = choose_family(spec, max_tokens)
+    if family is not None:
+        settings = {"architectures": [family.architecture], "model_type": family.model_type}
+        settings |= family.settings(spec, max_tokens)
+        return _Form(causal, family.architecture, settings, list(family.entries(spec)), {})
+    architecture = "StackWiseForCausalLM" if causal else "StackWiseForMaskedLM"
+    form = _Form(causal, architecture, {}, [Entry(f"rack.{name}", (name,)) for name in own], remote_sources())
+    form.settings.update(
+        {
+            "architectures": [architecture],
+            "model_type": "stackwise",
+            "auto_map": {
+                "AutoConfig": "configuration_stackwise.StackWiseModelConfig",
+                form.auto_class: f"modeling_stackwise.{architecture}",
+            },
+            "max_position_embeddings": max_tokens,
+            "use_cache": False,
+            "rack": spec.to_dict(),
+        }
+    )
+    return form
 
 
 def _new_folder(out: str | Path) -> Path:
