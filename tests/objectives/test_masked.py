@@ -228,7 +228,7 @@ MLM = {
 def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
     config = StackWiseConfig.from_dict(MLM).override([f"training.progressive.building_mode={mode}"])
     rates = [[(i.low, i.high) for i in phase.noise] for phase in build_phases(config)]
-    assert rates == [[(0.8, 0.8)], [(0.5, 0.5)], [(0.1, 0.1)], []]
+    assert rates == [[(0.8, 0.8)], [(0.5, 0.5)], [(0.1, 0.1)], [(0.3, 0.3)]]
 
 
 @pytest.mark.parametrize(

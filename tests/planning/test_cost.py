@@ -182,7 +182,7 @@ TRAINS = (f"stack.{NEW}", "norm", "head")
 
 
 def phase_of(order, *trains, **fields):
-    return Phase("phase", order, trains, 1, Schedule(0, "linear", 1, 1, 1.0), **fields)
+    return Phase("phase", order, trains, 1, Schedule(0, "linear", 1, 1, 1.0), "clm", **fields)
 
 
 def stored(order, precision, **fields):

@@ -221,7 +221,7 @@ def test_activation_checkpointing_recomputes_each_block_but_for_its_last_product
 
 
 def phase(stacks, *trains, **fields):
-    return Phase("phase", stacks, trains, 1, Schedule(0, "linear", 1, 1, 1.0), **fields)
+    return Phase("phase", stacks, trains, 1, Schedule(0, "linear", 1, 1, 1.0), "clm", **fields)
 
 
 def cost_of(found, *overrides, **options):

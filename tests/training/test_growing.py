@@ -71,6 +71,7 @@ def grown(at="right", trunk="frozen", precision="full", cached=False, enters=Fal
                 (*embedding, *(f"stack.{j}" for j in order if j in moving), "norm", "head"),
                 STEPS,
                 CONSTANT,
+                "clm",
                 (Growth(k, "identity" if k else "random"),),
                 precision=tuple((j, precision) for j in sorted(before) if precision != "full"),
                 adapters=tuple(adapters),
@@ -82,7 +83,7 @@ def grown(at="right", trunk="frozen", precision="full", cached=False, enters=Fal
     if joint:
         trains = ("embedding", *(f"stack.{j}" for j in order), "norm", "head")
         adapters = tuple(Adapter(a.stack, a.kind, a.rank, a.alpha) for a in phases[-1].adapters)
-        phases.append(Phase("joint", order, trains, STEPS, CONSTANT, adapters=adapters))
+        phases.append(Phase("joint", order, trains, STEPS, CONSTANT, "clm", adapters=adapters))
     return phases
 
 
@@ -241,7 +242,7 @@ def test_compiled_phases_train_the_same_parts(monkeypatch):
 
 def of_the_whole(*trains):
     """Phases of a Rack that is there."""
-    return [Phase(f"phase {i}", (0, 1, 2), parts, STEPS, CONSTANT) for i, parts in enumerate(trains)]
+    return [Phase(f"phase {i}", (0, 1, 2), parts, STEPS, CONSTANT, "clm") for i, parts in enumerate(trains)]
 
 
 COURSES = {
@@ -440,7 +441,7 @@ def test_what_storing_the_trunk_costs_is_measured(tmp_path):
 
 def test_one_block_of_a_stack_trains_alone():
     phases = grown("right", "trainable")
-    block = Phase("block", (0, 1, 2), ("stack.1/blocks.1", "norm", "head"), STEPS, CONSTANT)
+    block = Phase("block", (0, 1, 2), ("stack.1/blocks.1", "norm", "head"), STEPS, CONSTANT, "clm")
     _, recorder = trained([*phases, block], "model.architecture.blocks_per_stack=2")
     start, end = recorder.starts[-1], recorder.ends[-1]
     wanted = {name for name in start if name.startswith(("stack.1/blocks.1.", "norm/", "head/"))}

@@ -138,10 +138,20 @@ def test_what_a_trunk_is_stored_in_is_measured_by_the_objective_that_it_was_trai
     assert abs(storage["validation_loss_after"] / storage["validation_loss_before"] - 1) < 1e-3
 
 
+def test_an_entry_without_an_objective_has_that_of_the_run_whatever_the_last_entry_names(folder):
+    phases = [{"add": 1}, {"add": 1, "objective": "mlm"}]
+    settings = config(folder, ("clm", "clm"), f"training.phases={phases}".replace("'", '"'))
+    first, second = build_phases(settings)
+    assert [(phase.objective, phase.attention) for phase in (first, second)] == [
+        ("clm", "causal"), ("mlm", "bidirectional"),
+    ]  # fmt: skip
+    assert first.noise == () and [(i.low, i.high) for i in second.noise] == [(0.15, 0.15)]
+
+
 def test_the_plan_runs_every_phase_with_its_objective(folder, tmp_path):
     plan = plan_run(config(folder, ("diffusion", "clm"), "training.diffusion.block_length=4"), tmp_path)
     first, second = plan.phases
-    assert [phase.objective for phase in (first, second)] == ["diffusion", None]
+    assert [phase.objective for phase in (first, second)] == ["diffusion", "clm"]
     # Blocks train on [noised, clean] tokens: about twice the work of the same Rack, read from left to right.
     assert 1.8 < plan.costs[0].flops / plan.costs[1].flops < 2.3
 

@@ -29,7 +29,7 @@ def rack():
 
 
 def phase(names_of_state, growth=()):
-    return Phase("p", (0, 1), (), 1, Schedule(0, "linear", 0, 0, 1.0), growth, names_of_state)
+    return Phase("p", (0, 1), (), 1, Schedule(0, "linear", 0, 0, 1.0), "clm", growth, names_of_state)
 
 
 def state(seed):

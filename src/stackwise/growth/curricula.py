@@ -46,7 +46,7 @@ class _Course:
 
     def __init__(self, config: StackWiseConfig, present: tuple[int, ...]) -> None:
         self.config, self.stacks = config, present
-        self.objective: ObjectiveName | None = None
+        self.objective: ObjectiveName = config.training.objective
         self.drafts: list[Draft] = []
         self._cycles = 0
         self._precision: dict[int, PrecisionName] = {}
@@ -157,6 +157,7 @@ class _Course:
             trains,
             0,
             _UNSCHEDULED,
+            self.objective,
             growth,
             config.training.progressive.optimizer_state,
             tuple((k, self._precision[k]) for k in sorted(self._precision) if self._precision[k] != "full"),
@@ -166,9 +167,20 @@ class _Course:
             ),
             enters > 0,
             enters,
-            objective=self.objective,
+            noise=self._rates(growth),
+            attention=config.mode_of(self.objective) if len(config.training.objectives) > 1 else None,
         )
         self.drafts.append(Draft(phase, share))
+
+    def _rates(self, growth: tuple[Growth, ...]) -> tuple[Interval, ...]:
+        """The masking rates of mlm: those of the config, or of the Stack that is new, where Stacks have their own."""
+        masking = self.config.training.masking
+        if self.objective != "mlm":
+            return ()
+        low, high = masking.rate, masking.max_rate or masking.rate
+        if masking.stack_rates is not None and growth:
+            low = high = masking.stack_rates[growth[-1].stack]
+        return (Interval(low, high, 0, len(self.stacks)),)
 
     def _give_stack_adapter(self, stack: int) -> None:
         qlora = self.config.training.qlora
@@ -249,7 +261,7 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     shares = [missing if share is None else share for share in given]
     for i, (entry, part) in enumerate(zip(entries, shares)):
         share, where = part / sum(shares), f"training.phases[{i}]"
-        course.objective = entry.objective
+        course.objective = entry.objective or config.training.progressive.training_objective
         if entry.add is None and not course.stacks:
             raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add some")
         if entry.at == "between" and not course.stacks:
@@ -383,7 +395,7 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
     """
     variant = config.training.depth_variant
     if variant is None:
-        return _with_rates(drafts, config.training.masking.stack_rates)
+        return drafts
     levels, frozen = levels_of(config), config.training.progressive.trunk_strategy == "frozen"
     found = []
     for draft in _of_expert(drafts, config.training.diffusion.expert):
@@ -403,20 +415,6 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
                 "or choose other training.diffusion.levels"
             )
         found.append(replace(draft, phase=replace(phase, trains=trains, noise=noise)))
-    return found
-
-
-def _with_rates(drafts: list[Draft], rates: tuple[float, ...] | None) -> list[Draft]:
-    """The phases in which one Stack is new, with its masking rate, where Stacks have their own."""
-    if rates is None:
-        return drafts
-    found = []
-    for draft in drafts:
-        phase = draft.phase
-        for new in phase.growth:
-            rate = rates[new.stack]
-            phase = replace(phase, noise=(Interval(rate, rate, 0, len(phase.stacks)),))
-        found.append(replace(draft, phase=phase))
     return found
 
 

@@ -69,6 +69,7 @@ class Phase:
         growth: the Stacks that are new, if any.
         steps: optimizer steps.
         schedule: of the learning rate.
+        objective: what is learned.
         optimizer_state: what happens to the moments at the start.
         precision: how the linear layers of Stacks are stored, (id, precision); Stacks that are not named are ``full``.
         adapters: all that are there in this phase, trained or not.
@@ -78,9 +79,10 @@ class Phase:
             boundary is recomputed as the cache would hold it.
         examples: the batches of the phase: (first, count) of the run's stream, taken again from the first when they are
             through; ``None``: they go on where the phase before ended. Phases that share a cache name the same ones.
-        noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken; of mlm: the
-            masking rates, where the phase has its own.
-        objective: ``None``: that of the run.
+        noise: of depth as time: the noise levels that the Stacks denoise, and whether their loss is taken; of mlm: one
+            interval, the masking rates.
+        attention: the direction of attention, in a run whose objectives differ in it; ``None``: each Block has the one
+            that the Rack was made with.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Phase:
     trains: tuple[str, ...]
     steps: int
     schedule: Schedule
+    objective: ObjectiveName
     growth: tuple[Growth, ...] = ()
     optimizer_state: OptimizerState = "keep"
     precision: tuple[tuple[int, PrecisionName], ...] = ()
@@ -96,7 +99,7 @@ class Phase:
     enters: int = 0
     examples: tuple[int, int] | None = None
     noise: tuple[Interval, ...] = ()
-    objective: ObjectiveName | None = None
+    attention: Literal["causal", "bidirectional"] | None = None
 
     def precision_of(self, stack: int) -> PrecisionName:
         return dict(self.precision).get(stack, "full")

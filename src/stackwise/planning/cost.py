@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_iter
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.growth import PrecisionName
-from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.phases import Adapter, Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
@@ -458,18 +457,14 @@ class PhaseCoster:
         )
         return kinds, tuple(sorted(within))
 
-    def _objective_of(self, phase: Phase) -> ObjectiveName:
-        return phase.objective or self.config.training.objective
-
     def _blocks(self, stack: int, phase: Phase) -> tuple[BlockSpec, ...]:
         if stack in self._spec.stack_ids:
             blocks = self._spec.stacks[self._spec.stack_ids.index(stack)]
         else:
             blocks = stack_spec_from_config(stack, self.config)
-        if len(self.config.training.objectives) == 1:
+        if phase.attention is None:
             return blocks
-        mode = self.config.mode_of(self._objective_of(phase))
-        return tuple(replace(block, attention_mode=mode) for block in blocks)
+        return tuple(replace(block, attention_mode=phase.attention) for block in blocks)
 
     def _away(self, phase: Phase) -> set[int]:
         offload = self.config.training.offload
@@ -554,9 +549,9 @@ class PhaseCoster:
         training = self.config.training
         variant, block = training.depth_variant, training.diffusion.block_length
         told = training.progressive.time_interpretation == "input"
-        if self._objective_of(phase) == "classification":
+        if phase.objective == "classification":
             return partial(_dry_loss, ClassificationObjective(training.classification, "mean"))
-        if self._objective_of(phase) != "diffusion" or (variant is None and block is None and not told):
+        if phase.objective != "diffusion" or (variant is None and block is None and not told):
             return None
         levels = (1.0, 0.0) if variant is None else levels_of(self.config)
         objective = DiffusionObjective(

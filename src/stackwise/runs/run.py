@@ -245,7 +245,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     present = () if initial is None else tuple(initial.state["stacks"])
     planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
     _refuse_if_too_large(planned)
-    for name, noise in dict.fromkeys((phase.objective or training.objective, phase.noise) for phase in planned.phases):
+    for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
         check_scorable(objectives[name].during(noise), data.validation, **_windows_of(training))
     stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:

@@ -413,15 +413,14 @@ class Loop:
 
     def _objective_of(self, phase: Phase) -> Objective:
         """The objective of all that the Rack can do, as ``phase`` trains it."""
-        return self.objectives[phase.objective or self.config.training.objective]
+        return self.objectives[phase.objective]
 
     def _read_for(self, phase: Phase) -> None:
         """Examples, loss and the direction of attention are those of ``phase``."""
-        name = phase.objective or self.config.training.objective
-        objective = self.objectives[name].during(phase.noise)
+        objective = self.objectives[phase.objective].during(phase.noise)
         self._of_phase = self.source.during(objective), objective
-        if len(self.objectives) > 1:
-            self.rack.set_attention_mode(self.config.mode_of(name))
+        if phase.attention is not None:
+            self.rack.set_attention_mode(phase.attention)
 
     def _store_and_grow(self, phase: Phase) -> dict[str, Any] | None:
         """Prepares the Rack; what storing its Stacks in another precision cost: validation loss before and after."""
