@@ -48,7 +48,7 @@ def row(overrides: list[str], steps: int, folder: Path) -> dict[str, Any]:
             "cache_dir": str(folder / "store"),
         },
     }  # fmt: skip
-    config = StackWiseConfig.from_dict(base).override(overrides)
+    config = StackWiseConfig.from_dict(base, overrides)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     plan = plan_run(config, folder)

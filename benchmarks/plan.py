@@ -104,9 +104,9 @@ def configured(recipe: str, size: str, folder: Path, short: bool) -> Any:
     base = StackWiseConfig.from_dict({"model": model, "training": training, "data": data})
     config = apply_recipe(base, recipe)
     total = 1000
-    shares = [phase.steps / total for phase in build_phases(config.override([f"training.max_steps={total}"]))]
+    shares = [phase.steps / total for phase in build_phases(config.changed({"training.max_steps": total}))]
     total = round((1 if short else STEPS) / min(shares) + len(shares))
-    return config.override([f"training.max_steps={total}"])
+    return config.changed({"training.max_steps": total})
 
 
 def counted_flops(config: Any, out: Path) -> list[int]:

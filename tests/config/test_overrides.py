@@ -1,4 +1,4 @@
-"""``key.path=value`` on the command line, and old keys."""
+"""Settings changed on the command line (``key.path=value``) and from Python, and old keys."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stackwise.config import StackWiseConfig
-from stackwise.config.base import apply_overrides
+from stackwise.config.base import apply_overrides, as_override
 from stackwise.config.legacy import OldKeyWarning, migrate
 from stackwise.errors import ConfigError
 
@@ -38,7 +38,7 @@ def value(config: StackWiseConfig, key: str) -> Any:
     ],
 )
 def test_an_override_sets_its_key_and_nothing_else(override: str, expected: object) -> None:
-    changed = StackWiseConfig().override([override])
+    changed = StackWiseConfig.from_dict({}, [override])
     key = override.partition("=")[0].strip()
     assert value(changed, key) == expected
     assert type(value(changed, key)) is type(expected)
@@ -61,7 +61,7 @@ def test_overriding_leaves_the_dict_it_is_given_alone() -> None:
 
 
 def test_the_last_of_two_overrides_of_a_key_wins() -> None:
-    assert StackWiseConfig().override(["training.seed=1", "training.seed=2"]).training.seed == 2
+    assert StackWiseConfig.from_dict({}, ["training.seed=1", "training.seed=2"]).training.seed == 2
 
 
 def test_overrides_reach_into_sections_that_the_file_leaves_out_or_empty(tmp_path: Path) -> None:
@@ -71,17 +71,75 @@ def test_overrides_reach_into_sections_that_the_file_leaves_out_or_empty(tmp_pat
     assert (config.model.architecture.n_stacks, config.data.tokenizer.kind) == (3, "bytes")
 
 
+def test_python_changes_settings_by_values_of_their_own_types() -> None:
+    config = StackWiseConfig()
+    changes = {
+        "training.optimizer.betas": (0.7, 0.9),
+        "training.progressive": {"trunk_strategy": "frozen", "joint_fraction": 0.25},
+        "training.progressive.joint_fraction": 0.5,
+        "training.grad_clip": None,
+        "data.split": "1",
+        "model.qk_norm": True,
+    }
+    changed = config.changed(changes)
+    assert changed.training.optimizer.betas == (0.7, 0.9) and changed.training.grad_clip is None
+    progressive = changed.training.progressive
+    assert (progressive.trunk_strategy, progressive.joint_fraction) == ("frozen", 0.5)
+    assert (changed.data.split, changed.model.qk_norm) == ("1", True)
+    assert changed.training.optimizer.lr == config.training.optimizer.lr
+    assert config == StackWiseConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.seed", "1", "training.seed: '1' has the wrong type; must be a whole number"),
+        ("model.qk_norm", 1, "model.qk_norm: 1 has the wrong type; must be true or false"),
+        ("training.offload", "[host]", "training.offload: '[host]' is not allowed; allowed: none, host, disk"),
+        ("model.d_modle", 3, "model.d_modle: unknown key; did you mean model.d_model?"),
+        ("training", 3, "training: 3 has the wrong type; must be a section of keys"),
+    ],
+)
+def test_a_change_of_the_wrong_key_or_type_is_refused(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        StackWiseConfig().changed({key: value})
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.max_steps", 13),
+        ("model.tie_embeddings", True),
+        ("training.grad_clip", None),
+        ("training.optimizer.eps", 1e-7),
+        ("training.optimizer.betas", [0.5, 0.7]),
+        *(("data.path", text) for text in ("*.txt", "null", "[a", "it's", "a: b # c", "1e3", "", " x", "~", "yes")),
+        ("training.phases", [{"add": 1}, {"sweep": "left_to_right"}]),
+    ],
+)
+def test_a_change_written_for_the_command_line_reads_back_equal(key: str, value: object) -> None:
+    assert apply_overrides({}, [as_override(key, value)]) == nested(key, value)
+
+
+def nested(key: str, value: object) -> dict[str, object]:
+    """``{"a": {"b": value}}`` for the key ``a.b``."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
 def test_a_budget_on_the_command_line_replaces_the_files() -> None:
     steps = StackWiseConfig.from_dict({"training": {"max_steps": 11}})
-    assert steps.override(["training.max_tokens=13"]).training.budget == ("tokens", 13)
-    assert steps.override(["training.max_flops=1e12"]).training.budget == ("flops", 1e12)
-    assert steps.override(["training.max_tokens=null"]).training.budget == ("steps", 11)
-    assert steps.override(["training.max_steps=null"]).training.budget == ("steps", 1000)
+    assert steps.changed({"training.max_tokens": 13}).training.budget == ("tokens", 13)
+    assert steps.changed({"training.max_flops": 1e12}).training.budget == ("flops", 1e12)
+    assert steps.changed({"training.max_tokens": None}).training.budget == ("steps", 11)
+    assert steps.changed({"training.max_steps": None}).training.budget == ("steps", 1000)
 
 
 def test_two_budgets_on_the_command_line_are_refused() -> None:
     with pytest.raises(ConfigError) as raised:
-        StackWiseConfig.from_dict({}).override(["training.max_tokens=13", "training.max_steps=11"])
+        StackWiseConfig.from_dict({}, ["training.max_tokens=13", "training.max_steps=11"])
     assert str(raised.value) == "training.max_tokens: 13 and max_steps (11) are both set; keep one budget"
 
 
@@ -107,7 +165,7 @@ def test_two_budgets_on_the_command_line_are_refused() -> None:
 )  # fmt: skip
 def test_a_wrong_override_is_answered_by_one_exact_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        StackWiseConfig().override([override])
+        StackWiseConfig.from_dict({}, [override])
     assert str(raised.value) == message
 
 
@@ -142,9 +200,7 @@ def test_n_blocks_alone_is_one_stack(tmp_path: Path) -> None:
 
 def test_n_blocks_as_an_override_warns_too() -> None:
     with pytest.warns(DeprecationWarning, match=r"model\.n_blocks is deprecated"):
-        config = StackWiseConfig.from_dict({}).override(
-            ["model.architecture={n_stacks: 4}", "model.n_blocks=8"],
-        )
+        config = StackWiseConfig.from_dict({}, ["model.architecture={n_stacks: 4}", "model.n_blocks=8"])
     assert config.model.architecture.blocks_per_stack == 2
 
 

@@ -163,10 +163,10 @@ def test_a_setting_is_refused_where_nothing_uses_it_and_taken_where_something_do
     key = setting.partition("=")[0]
     whole = next((part for part in ("training.classification", "training.diffusion") if key.startswith(part)), key)
     with pytest.raises(ConfigError) as refused:
-        StackWiseConfig().override([*without, setting])
+        StackWiseConfig.from_dict({}, [*without, setting])
     found = str(refused.value)
     assert found == (f"{key}: {shown} is only used when {when}" if shown else f"{whole}: is only used when {when}")
-    taken, default = StackWiseConfig().override([*beside, setting]).to_dict(), StackWiseConfig().to_dict()
+    taken, default = StackWiseConfig.from_dict({}, [*beside, setting]).to_dict(), StackWiseConfig().to_dict()
     for name in key.split("."):
         taken, default = taken[name], default[name]
     assert taken != default
@@ -176,7 +176,7 @@ def test_a_setting_is_refused_where_nothing_uses_it_and_taken_where_something_do
 def test_a_key_of_a_phase_is_refused_in_an_entry_of_another_kind(setting, shown, other, own):
     def read(entry):
         phases = f"[{{add: 1}}, {{{entry}, {setting}}}]"
-        return StackWiseConfig().override(["training.strategy=phases", f"training.phases={phases}"])
+        return StackWiseConfig.from_dict({}, ["training.strategy=phases", f"training.phases={phases}"])
 
     key, kind, there = setting.partition(":")[0], own.partition(":")[0], other.partition(":")[0]
     with pytest.raises(ConfigError) as refused:
@@ -190,16 +190,18 @@ def test_a_key_of_a_phase_is_refused_in_an_entry_of_another_kind(setting, shown,
 def test_stacks_with_one_rate_each_have_no_weighting(setting):
     key, _, value = setting.partition("=")
     with pytest.raises(ConfigError, match=rf"{key}: .*{value}.* is not used when depth_variant is prefix"):
-        StackWiseConfig().override([*PREFIX, f"training.diffusion.{setting}"])
-    StackWiseConfig().override([*PREFIX[:2], f"training.diffusion.{setting}"])
+        StackWiseConfig.from_dict({}, [*PREFIX, f"training.diffusion.{setting}"])
+    StackWiseConfig.from_dict({}, [*PREFIX[:2], f"training.diffusion.{setting}"])
 
 
 def test_groups_are_of_whole_stacks():
-    phases = "[{add: 1}, {sweep: left_to_right, group: 2, unit: %s}]"
-    strategy = StackWiseConfig.from_dict({"training": {"strategy": "phases", "phases": [{"add": 1}]}})
+    def groups_of(unit):
+        phases = [{"add": 1}, {"sweep": "left_to_right", "group": 2, "unit": unit}]
+        return StackWiseConfig.from_dict({"training": {"strategy": "phases", "phases": phases}})
+
     with pytest.raises(ConfigError, match=r"phases\[1\]\.group: 2 is only used when unit is stack \(unit is block\)$"):
-        strategy.override([f"training.phases={phases % 'block'}"])
-    assert strategy.override([f"training.phases={phases % 'stack'}"]).training.phases[1].group == 2
+        groups_of("block")
+    assert groups_of("stack").training.phases[1].group == 2
 
 
 def test_every_key_of_the_table_is_tried_here():

@@ -57,7 +57,7 @@ def test_what_is_written_reads_back_equal(tmp_path: Path, data: dict[str, Any]) 
 
 def test_a_changed_setting_changes_the_fingerprint() -> None:
     config = StackWiseConfig()
-    assert config.override(["training.seed=1"]).fingerprint() != config.fingerprint()
+    assert config.changed({"training.seed": 1}).fingerprint() != config.fingerprint()
 
 
 def test_to_dict_names_every_key() -> None:

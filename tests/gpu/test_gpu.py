@@ -25,7 +25,7 @@ V, B, T = 521, 4, 512
 def config(tmp_path: Path, *overrides: str) -> StackWiseConfig:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 4000)
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V, "d_model": 256, "n_heads": 4, "architecture": {"n_stacks": 3, "blocks_per_stack": 1},
@@ -37,9 +37,8 @@ def config(tmp_path: Path, *overrides: str) -> StackWiseConfig:
                 "source": "files", "path": str(text), "tokenizer": {"kind": "bytes"},
                 "cache_dir": str(tmp_path / "store"),
             },
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -10,13 +10,13 @@ from stackwise.growth.phases import Growth
 
 
 def config(*overrides, n_stacks=3):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {"d_model": 26, "n_heads": 13, "architecture": {"n_stacks": n_stacks, "blocks_per_stack": 1}},
             "training": {"batch_size": 5, "seq_len": 7, "max_steps": 31},
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def grown(*overrides, **kwargs):
@@ -228,7 +228,7 @@ def listed(*entries, **kwargs):
     # Both at once: a list without the strategy, or the strategy without a list, is refused.
     data = config(**kwargs).to_dict()
     data["training"] |= {"strategy": "phases", "phases": yaml.safe_load(text)}
-    return build_phases(StackWiseConfig.from_dict(data).override(more))
+    return build_phases(StackWiseConfig.from_dict(data, more))
 
 
 def test_scopes_of_end_to_end_train_one_unit_after_another_in_a_whole_rack():

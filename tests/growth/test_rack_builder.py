@@ -11,7 +11,7 @@ V, C, F, H, G, N_BLOCKS = 37, 26, 19, 13, 1, 2
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -21,9 +21,9 @@ def config(*overrides):
                 "d_ff": F,
                 "architecture": {"n_stacks": 3, "blocks_per_stack": N_BLOCKS},
             }
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def builder(*overrides, mode=None, n_stacks=0):

@@ -13,13 +13,13 @@ from stackwise.growth.recipes import RECIPES, apply_recipe, recipe_names
 
 
 def config(n_stacks=3, blocks=2, *overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {"d_model": 26, "n_heads": 13, "architecture": {"n_stacks": n_stacks, "blocks_per_stack": blocks}},
             "training": {"batch_size": 5, "seq_len": 7, "max_steps": 97},
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 @pytest.mark.parametrize("n_stacks", [2, 3, 5])

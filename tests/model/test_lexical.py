@@ -494,12 +494,12 @@ def test_a_run_needs_its_family_no_more(tmp_path: Path, family: Path, settings: 
     assert main(["train", str(settings), "--from", str(run), *grown, "--out", str(later)]) == 0
     assert torch.equal(stackwise.load(later).rack.embedding.weight, values())
     with pytest.raises(UserError, match=r"embedding_option: 'lm_head', but the run that model.initial names has None"):
-        changes = [
-            "model.tokenizer_embedding.embedding_option=lm_head",
-            f"model.initial={run}",
-            f"data.tokenizer.path={run / 'tokenizer'}",
-        ]
-        train_run(loaded.config.override(changes), tmp_path / "other", SilentReporter())
+        changes = {
+            "model.tokenizer_embedding.embedding_option": "lm_head",
+            "model.initial": str(run),
+            "data.tokenizer.path": str(run / "tokenizer"),
+        }
+        train_run(loaded.config.changed(changes), tmp_path / "other", SilentReporter())
 
 
 def test_the_table_trains_where_it_is_not_frozen(tmp_path: Path, settings: Path) -> None:
@@ -517,7 +517,7 @@ def test_a_plan_counts_what_the_rack_of_the_config_has(tmp_path: Path, settings:
     assert plan.costs[-1].parameters == sum(p.numel() for p in rack.parameters())
     assert plan.costs[-1].trainable_parameters == plan.costs[-1].parameters - ROWS * E
     # A tied head reads the adapted table: 2 FLOPs a multiply-add, forward, and backward but for the frozen table.
-    without = plan_run(config.override(["model.tie_embeddings=false"]), tmp_path)
+    without = plan_run(config.changed({"model.tie_embeddings": False}), tmp_path)
     adapter = ROWS * (2 * E * HIDDEN + 2 * HIDDEN * C) + ROWS * (2 * E * HIDDEN + 4 * HIDDEN * C)
     assert plan.costs[-1].flops - without.costs[-1].flops == adapter
 

@@ -23,7 +23,7 @@ V, B, T, N = 23, 4, 9, 3
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V, "d_model": 26, "n_heads": 13, "d_ff": 19,
@@ -34,9 +34,8 @@ def config(*overrides):
                 "progressive": {"training_objective": "classification"}, "classification": {"classes": N},
                 "schedule": {"warmup_steps": 0, "rewarmup_steps": 0}, "optimizer": {"lr": 3e-3},
             },
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 def objective(pooling="mean"):

@@ -111,13 +111,13 @@ def test_the_loss_is_at_the_picked_positions_and_on_the_corrupted_inputs():
 def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
     config = StackWiseConfig.from_dict({})
     assert isinstance(create_objective(config, ByteTokenizer()), CausalObjective)
-    config = config.override(
-        [
-            "training.progressive.training_objective=mlm",
-            "model.attention_preset=bert_style",
-            "training.seed=7",
-            "training.masking.rate=0.4",
-        ]
+    config = config.changed(
+        {
+            "training.progressive.training_objective": "mlm",
+            "model.attention_preset": "bert_style",
+            "training.seed": 7,
+            "training.masking.rate": 0.4,
+        }
     )
     tokenizer = ByteTokenizer()
     made = create_objective(config, tokenizer)
@@ -226,7 +226,7 @@ MLM = {
 
 @pytest.mark.parametrize("mode", ["append", "prepend"])
 def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
-    config = StackWiseConfig.from_dict(MLM).override([f"training.progressive.building_mode={mode}"])
+    config = StackWiseConfig.from_dict(MLM, [f"training.progressive.building_mode={mode}"])
     rates = [[(i.low, i.high) for i in phase.noise] for phase in build_phases(config)]
     assert rates == [[(0.8, 0.8)], [(0.5, 0.5)], [(0.1, 0.1)], [(0.3, 0.3)]]
 
@@ -243,10 +243,10 @@ def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
 )
 def test_rates_of_stacks_that_nothing_reads_are_refused(override, message):
     with pytest.raises(ConfigError, match=message):
-        StackWiseConfig.from_dict(MLM).override([override])
+        StackWiseConfig.from_dict(MLM, [override])
 
 
 def test_rates_of_stacks_do_not_go_with_a_cache():
     overrides = ["training.progressive.trunk_strategy=frozen", "training.progressive.cache_activations=true"]
     with pytest.raises(ConfigError, match="cannot go with cache_activations: each phase has masks of its own"):
-        StackWiseConfig.from_dict(MLM).override(["training.progressive.joint_fraction=0", *overrides])
+        StackWiseConfig.from_dict(MLM, ["training.progressive.joint_fraction=0", *overrides])

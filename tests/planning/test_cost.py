@@ -282,7 +282,7 @@ def test_the_peak_of_a_phase_is_what_its_real_step_holds(name):
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -292,9 +292,9 @@ def config(*overrides):
                 "architecture": {"n_stacks": 5, "blocks_per_stack": 1},
             },
             "training": {"batch_size": 2 * B, "seq_len": T, "max_steps": 50, "device": "cpu"},
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def peaks(*overrides):

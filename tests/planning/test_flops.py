@@ -59,7 +59,7 @@ MUON = 2 * (4 * newton_schulz(C, C) + 3 * newton_schulz(C, F))  # of two Blocks
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -76,9 +76,9 @@ def config(*overrides):
                 "device": "cpu",
                 "compute_dtype": "float32",
             },
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def costs(*overrides):

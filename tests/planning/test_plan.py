@@ -33,16 +33,15 @@ CPU = Machine("cpu", torch.device("cpu"), None, here=True)
 
 
 def config(*overrides: str, n_stacks: int = 3) -> StackWiseConfig:
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V, "d_model": C, "n_heads": H, "d_ff": F,
                 "architecture": {"n_stacks": n_stacks, "blocks_per_stack": 1},
             },
             "training": {"batch_size": B, "seq_len": T, "max_steps": 60, "device": "cpu"},
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 def planned(settings: StackWiseConfig, machine: Machine = CPU) -> Plan:
@@ -220,22 +219,22 @@ def test_a_recipe_that_does_not_go_with_the_config_is_refused_with_its_reason() 
 def test_changes_are_tried_one_by_one_and_then_together() -> None:
     found = list(combinations(config(), ["device memory"]))
     singles = [change for change in found if len(change) == 1]
-    assert singles[0] == ("training.micro_batch_size=3",)
-    assert ("training.activation_checkpointing=true",) in singles
-    assert found[len(singles)] == (*singles[0], *singles[1])
+    assert singles[0] == {"training.micro_batch_size": 3}
+    assert {"training.activation_checkpointing": True} in singles
+    assert found[len(singles)] == {"training.micro_batch_size": 1, "training.activation_checkpointing": True}
     assert list(combinations(config(), [])) == []
 
 
 def test_the_change_that_is_found_fits_and_needs_each_of_its_parts() -> None:
     settings = config("training.strategy=end_to_end", n_stacks=5)
-    least = planned(settings.override(["training.micro_batch_size=1", "training.activation_checkpointing=true"]))
+    least = planned(settings.changed({"training.micro_batch_size": 1, "training.activation_checkpointing": True}))
     machine = replace(CPU, memory=least.peak_memory_bytes)
     planner = partial(planned, machine=machine)
     change = first_change_that_fits(settings, planner, planner(settings))
     assert change is not None and change.plan.fits
-    for override in change.overrides:
-        fewer = [other for other in change.overrides if other != override]
-        assert not fewer or planner(settings.override(fewer)).fits is False
+    for key in change.changes:
+        fewer = {other: value for other, value in change.changes.items() if other != key}
+        assert not fewer or planner(settings.changed(fewer)).fits is False
 
 
 SET_ALREADY: dict[str, tuple[str, ...]] = {
@@ -255,12 +254,12 @@ def test_every_change_that_is_tried_changes_the_config(name: str) -> None:
     settings = config(*SET_ALREADY[name])
     for missing in (["device memory"], ["device memory", "host memory"], ["host memory"], ["disk"]):
         found = list(combinations(settings, missing))
-        assert all(settings.override(change) != settings for change in found)
+        assert all(settings.changed(change) != settings for change in found)
         for fewer, more in pairwise(found):
-            if more[: len(fewer)] == fewer:
-                assert settings.override(more) != settings.override(fewer)
+            if fewer.items() <= more.items():
+                assert settings.changed(more) != settings.changed(fewer)
     if name == "lean":
-        smaller = ("model.architecture.blocks_per_stack=1", "model.architecture.n_stacks=6")
+        smaller = {"model.architecture.blocks_per_stack": 1, "model.architecture.n_stacks": 6}
         assert list(combinations(settings, ["device memory"])) == [smaller]
 
 
@@ -274,11 +273,11 @@ def test_what_sgd_does_not_have_does_not_stand_in_the_way_of_what_fits() -> None
         return replace(whole, limit=whole.peak_memory_bytes - (not fits))
 
     change = first_change_that_fits(settings, planner, planner(settings))
-    assert change is not None and change.overrides == (
+    assert change is not None and change.overrides == [
         "training.activation_checkpointing=true",
         "training.progressive.trunk_strategy=frozen",
         "training.progressive.trunk_precision=nf4",
-    )
+    ]
 
 
 def test_no_change_is_named_when_none_fits() -> None:

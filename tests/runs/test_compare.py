@@ -10,16 +10,15 @@ from stackwise.runs.compare import compare_recipes, equal_budget
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": 37, "d_model": 26, "n_heads": 13, "d_ff": 19,
                 "architecture": {"n_stacks": 3, "blocks_per_stack": 2},
             },
             "training": {"batch_size": 5, "seq_len": 7, "max_steps": 31, "device": "cpu"},
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 @pytest.mark.parametrize(

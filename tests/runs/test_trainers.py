@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(0, V, 503)
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -36,9 +36,9 @@ def config(*overrides):
                 "device": "cpu",
                 "schedule": {"warmup_steps": 0, "rewarmup_steps": 0},
             },
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def ids(*shape, seed=0):

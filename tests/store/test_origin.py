@@ -93,7 +93,7 @@ def test_paths_inside_the_run_are_its_own_and_neither_links_nor_dots_lead_out(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "theirs"))
     settings = StackWiseConfig.from_yaml(run / "config.yaml")
     for path, asked in ((run / "text.txt", False), (run / "link" / "text.txt", True), (f"{run}/../text.txt", True)):
-        settings.override([f"data.path={path}", "data.cache_dir=null"]).to_yaml(run / "config.yaml")
+        settings.changed({"data.path": str(path), "data.cache_dir": None}).to_yaml(run / "config.yaml")
         if asked:
             assert f"its data.path names '{path}'" in refusal(capsys, "eval", run)
         else:

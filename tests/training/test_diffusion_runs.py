@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, *overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": 23, "d_model": 20, "n_heads": 2, "d_ff": 36,
@@ -64,9 +64,8 @@ def config(folder, *overrides):
                 "source": "files", "path": str(folder / "text.txt"), "cache_dir": str(folder / "store"),
                 "tokenizer": {"kind": "characters"},
             },
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -156,7 +155,7 @@ def test_the_planned_peak_is_what_a_real_step_holds(folder, tmp_path, name):
         return step(loop, optimizer, parameters, check, examples)
 
     with mock.patch.object(Loop, "_step", measured):
-        train_run(settings.override(["training.max_steps=3"]), tmp_path / "run", SilentReporter())
+        train_run(settings.changed({"training.max_steps": 3}), tmp_path / "run", SilentReporter())
     held = planned.weights + planned.optimizer + max(peaks[-1:])
     assert planned.peak - RUNTIME_BYTES == pytest.approx(held, rel=0.03)
 
@@ -177,7 +176,7 @@ def test_growing_over_time_trains_each_stack_on_its_own_levels_with_what_is_shar
         assert [interval.trains for interval in phase.noise] == [k == new for k in range(n)]
         stops = {"experts": [k + 1 for k in range(n)], "suffix": [n] * n, "prefix": [k + 1 for k in range(n)]}
         assert [interval.stop for interval in phase.noise] == stops[variant]
-    joint = build_phases(settings.override(["training.strategy=end_to_end"]))
+    joint = build_phases(settings.changed({"training.strategy": "end_to_end"}))
     assert all(interval.trains for interval in joint[0].noise)
 
 
@@ -349,7 +348,7 @@ def test_an_experts_phase_is_about_its_own_levels_alone(folder):
 @pytest.mark.parametrize("name", ["experts", "suffix"])
 def test_updating_inside_the_backward_pass_reaches_stacks_that_the_last_micro_batch_does_not(folder, tmp_path, name):
     settings = config(folder, *KINDS[name], "training.grad_clip=null", "training.micro_batch_size=2")
-    inside = settings.override(["training.optimizer.in_backward=true"])
+    inside = settings.changed({"training.optimizer.in_backward": True})
     plain, found = load_after(settings, tmp_path / "plain"), load_after(inside, tmp_path / "inside")
     assert all(torch.equal(plain[part], found[part]) for part in plain)
 
@@ -365,7 +364,7 @@ def test_compiled_stacks_take_the_same_steps(folder, tmp_path, name):
         return compile_(module, backend="aot_eager", **options)
 
     with mock.patch.object(torch.nn.Module, "compile", eagerly):
-        compiled = load_after(settings.override(["training.compile=true"]), tmp_path / "compiled")
+        compiled = load_after(settings.changed({"training.compile": True}), tmp_path / "compiled")
     assert len(built) >= 3
     for part, tensor in plain.items():
         torch.testing.assert_close(compiled[part], tensor, rtol=1e-3, atol=1e-4)
@@ -394,7 +393,7 @@ def test_a_joint_phase_after_growing_trains_all_levels_and_all_weights(folder, t
 
 def test_recipes_compare_with_diffusion(folder, tmp_path, capsys):
     settings = config(folder, "training.max_flops=4e8", "training.max_steps=null")
-    settings = settings.override(["training.strategy=progressive"])
+    settings = settings.changed({"training.strategy": "progressive"})
     file = tmp_path / "base.yaml"
     file.write_text(settings.to_yaml())
     recipes = "end-to-end,grown,append-frozen,stackwise"

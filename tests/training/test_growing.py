@@ -30,7 +30,7 @@ CONSTANT = Schedule(0, "linear", STEPS, STEPS, 1.0)
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -48,9 +48,9 @@ def config(*overrides):
                 "schedule": {"kind": "constant", "warmup_steps": 0, "rewarmup_steps": 0},
                 "checkpoint": {"every_steps": 1, "keep_last": 2},
             },
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 def grown(at="right", trunk="frozen", precision="full", cached=False, enters=False, lora=False, joint=False):
@@ -491,9 +491,9 @@ def test_batches_that_cannot_be_taken_again_are_refused():
 def phases_of(recipe, *overrides):
     """The phases of a recipe on the tiny Rack, two steps each at least, and its settings."""
     settings = apply_recipe(config("training.max_steps=60", "training.schedule.kind=constant"), recipe)
-    settings = settings.override(overrides)
+    settings = StackWiseConfig.from_dict(settings.to_dict(), overrides)
     fewest = min(phase.steps for phase in build_phases(settings))
-    settings = settings.override([f"training.max_steps={-(-2 * 60 // fewest)}"])
+    settings = settings.changed({"training.max_steps": -(-2 * 60 // fewest)})
     return build_phases(settings), settings
 
 

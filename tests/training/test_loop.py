@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(0, V, 1009) // 3 * 3  # a third of th
 
 
 def config(*overrides):
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {
                 "vocab_size": V,
@@ -42,9 +42,9 @@ def config(*overrides):
                 "schedule": {"kind": "constant", "warmup_steps": 0, "rewarmup_steps": 0},
                 "logging": {"every_steps": 1},
             },
-        }
+        },
+        overrides,
     )
-    return base.override(overrides)
 
 
 END_TO_END = "training.strategy=end_to_end"
@@ -489,7 +489,7 @@ def test_dropout_depends_on_the_seed_and_the_step_alone():
 
     def losses(seed):
         settings = config(END_TO_END, "model.dropout=0.3", f"training.seed={seed}", "training.optimizer.lr=1.0e-12")
-        settings = settings.override(["training.max_steps=2"])
+        settings = settings.changed({"training.max_steps": 2})
         return trained_with(settings, example)
 
     def trained_with(settings, example):

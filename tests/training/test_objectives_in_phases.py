@@ -38,7 +38,7 @@ def config(folder, objectives, *overrides):
     """A Rack of two Stacks, a phase for each of ``objectives``; the last one is the run's, and is not said again."""
     first, *rest = objectives[:-1]
     phases = [{"add": "rest", "objective": first}, *({"trains": "all", "objective": name} for name in rest)]
-    base = StackWiseConfig.from_dict(
+    return StackWiseConfig.from_dict(
         {
             "model": {"d_model": 20, "n_heads": 2, "d_ff": 36, "architecture": {"n_stacks": 2, "blocks_per_stack": 1}},
             "training": {
@@ -53,9 +53,8 @@ def config(folder, objectives, *overrides):
                 "source": "files", "path": str(folder / "text.txt"), "cache_dir": str(folder / "store"),
                 "tokenizer": {"kind": "characters"},
             },
-        }
+        }, overrides
     )  # fmt: skip
-    return base.override(overrides)
 
 
 @pytest.mark.parametrize("name", ORDERS)

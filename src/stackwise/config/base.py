@@ -6,17 +6,19 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from stackwise.config import rules, yaml_io
 from stackwise.config.legacy import OLD_KEYS, load_legacy
 from stackwise.config.messages import explain, section_of, takes_text, unknown_key
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.config.run import Settings
+from stackwise.config.section import Section
 from stackwise.errors import ConfigError
 
 __all__ = ["ArchitectureConfig", "ModelConfig", "StackWiseConfig"]
@@ -26,7 +28,7 @@ _NOT_A_MAPPING = "a config is a mapping with the sections model, training and da
 
 
 class StackWiseConfig(Settings):
-    """All settings of a run: ``model``, ``training`` and ``data``. Immutable; ``override`` gives a changed copy.
+    """All settings of a run: ``model``, ``training`` and ``data``. Immutable; ``changed`` gives a changed copy.
 
     Reading raises ``ConfigError`` with one line that names the key, the value and what is allowed.
     """
@@ -62,9 +64,14 @@ class StackWiseConfig(Settings):
         """Reads a YAML file and applies ``key.path=value`` overrides."""
         return cls.from_dict(read_yaml(path), overrides, str(path))
 
-    def override(self, overrides: Iterable[str]) -> Self:
-        """A copy with ``key.path=value`` settings changed; values are YAML."""
-        return self.from_dict(apply_overrides(self.to_dict(), overrides))
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some settings changed: ``config.changed({"training.max_steps": 30, "model.window": None})``.
+
+        Args:
+            changes: by the dotted key of a setting, its value, of the type that the setting has; by that of a section,
+                a dict. Setting one of several alternatives, such as the budgets, clears the others.
+        """
+        return self.from_dict(_with(self.to_dict(), changes.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts and lists, every key present; ``from_dict`` reads them back exactly."""
@@ -116,17 +123,42 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     Values are YAML, except that a key that takes text takes it as written (``data.path=*.txt``) unless it is quoted,
     bracketed or null. Setting one of several alternatives, such as the budgets, clears the others.
     """
+    return _with(data, [_parsed(item) for item in overrides])
+
+
+def as_override(key: str, value: Any) -> str:
+    """``key.path=value``, which ``apply_overrides`` reads back as ``value``."""
+    return f"{key}={yaml_io.inline(value)}"
+
+
+def _parsed(override: str) -> tuple[str, Any]:
+    """``key.path=value`` as the key and the value."""
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{override!r} is not an override; write key.path=value, for example training.seed=1")
+    _, field = _setting(key)
+    if field is not None and takes_text(field.annotation) and not _YAML_VALUE.match(text):
+        return key, text
+    return key, yaml_io.parse(text, f"the value of {key}")
+
+
+def _setting(key: str) -> tuple[type[Section] | None, FieldInfo | None]:
+    """The section that ``key`` is of, and its field; ``None`` for old keys, ConfigError for unknown ones."""
+    path = tuple(key.split("."))
+    section = section_of(StackWiseConfig, path[:-1])
+    field = section.model_fields.get(path[-1]) if section else None
+    if field is None and key not in OLD_KEYS:
+        raise ConfigError(unknown_key(StackWiseConfig, path))
+    return section, field
+
+
+def _with(data: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """``data`` with ``changes`` made in turn."""
     data = copy.deepcopy(data)
     chosen: set[str] = set()
-    for item in overrides:
-        key, equals, text = (part.strip() for part in item.partition("="))
+    for key, value in changes:
         path = tuple(key.split("."))
-        if not equals or not all(path):
-            raise ConfigError(f"{item!r} is not an override; write key.path=value, for example training.seed=1")
-        section = section_of(StackWiseConfig, path[:-1])
-        field = section.model_fields.get(path[-1]) if section else None
-        if field is None and key not in OLD_KEYS:
-            raise ConfigError(unknown_key(StackWiseConfig, path))
+        section, _ = _setting(key)
         node = data
         for depth, name in enumerate(path[:-1], 1):
             child = node.get(name)
@@ -135,8 +167,6 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise ConfigError(f"{'.'.join(path[:depth])}: {child!r} has the wrong type; must be a section of keys")
             node = child
-        literal = field is not None and takes_text(field.annotation) and not _YAML_VALUE.match(text)
-        value = text if literal else yaml_io.parse(text, f"the value of {key}")
         if value is not None and section and path[-1] in section.alternatives:
             chosen.add(key)
             for other in section.alternatives:

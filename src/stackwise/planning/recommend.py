@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackwise.config.base import StackWiseConfig
+from stackwise.config.base import StackWiseConfig, as_override
 from stackwise.errors import UserError
 from stackwise.growth.recipes import RECIPES, apply_recipe
 from stackwise.ops.storage import STORAGES
 from stackwise.planning.plan import Plan
 
 Planner = Callable[[StackWiseConfig], Plan]
+Changes = dict[str, Any]
+"""Settings by their dotted keys, as ``StackWiseConfig.changed`` takes them."""
 
 _SMALLEST = min(STORAGES, key=lambda name: STORAGES[name].bytes_per_weight)
 """The first of the storages that take least."""
@@ -50,70 +52,75 @@ def best_that_fits(rows: Sequence[Compared]) -> Compared | None:
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides after which a config fits, and its plan then. ``recipe``: of the config; ``None``: its own."""
+    """Settings with which a config fits, and its plan then. ``recipe``: of the config; ``None``: its own."""
 
     recipe: str | None
-    overrides: tuple[str, ...]
+    changes: Changes
     plan: Plan
 
+    @property
+    def overrides(self) -> list[str]:
+        """The changes as a command line takes them."""
+        return [as_override(key, value) for key, value in self.changes.items()]
+
     def to_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "overrides": list(self.overrides), **self.plan.totals()}
+        return {"recipe": self.recipe, "overrides": self.overrides, **self.plan.totals()}
 
 
-def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Overrides that save something, those first that cost least in time and quality.
+def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[Changes]:
+    """Changes that save something, those first that cost least in time and quality.
 
     Args:
         missing: of ``Plan.missing``: what there is not enough of.
     """
     training = config.training
     if "disk" in missing:
-        yield ("training.checkpoint.keep_last=1",)
+        yield {"training.checkpoint.keep_last": 1}
         if training.progressive.cache_activations:
-            yield ("training.cache.dtype=fp8",)
+            yield {"training.cache.dtype": "fp8"}
     if "device memory" in missing:
         micro = training.micro_batch_size or training.batch_size
         halves = [m for m in range(1, micro // 2 + 1) if training.batch_size % m == 0]
         for size in dict.fromkeys((*halves[-1:], *halves[:1])):
-            yield (f"training.micro_batch_size={size}",)
-        yield ("training.activation_checkpointing=true",)
-        yield ("training.optimizer.moments=int8",)
+            yield {"training.micro_batch_size": size}
+        yield {"training.activation_checkpointing": True}
+        yield {"training.optimizer.moments": "int8"}
         if training.strategy == "progressive":
             if training.progressive.trunk_strategy == "trainable":
-                yield ("training.progressive.trunk_strategy=frozen",)
-            yield (f"training.progressive.trunk_precision={_SMALLEST}",)
-            yield ("training.progressive.cache_activations=true",)
+                yield {"training.progressive.trunk_strategy": "frozen"}
+            yield {"training.progressive.trunk_precision": _SMALLEST}
+            yield {"training.progressive.cache_activations": True}
         if training.offload == "none" and "host memory" not in missing:
-            yield ("training.offload=host",)
+            yield {"training.offload": "host"}
     if missing and missing != ["disk"]:
-        yield ("training.offload=disk",)
+        yield {"training.offload": "disk"}
     if "device memory" in missing:
         architecture = config.model.architecture
         if isinstance(architecture.blocks_per_stack, int) and training.progressive.target_stacks is None:
             blocks, n_stacks = architecture.blocks_per_stack, architecture.n_stacks
             smaller = max((b for b in range(1, blocks // 2 + 1) if blocks % b == 0), default=blocks)
-            yield (
-                f"model.architecture.blocks_per_stack={smaller}",
-                f"model.architecture.n_stacks={n_stacks * blocks // smaller}",
-            )
+            yield {
+                "model.architecture.blocks_per_stack": smaller,
+                "model.architecture.n_stacks": n_stacks * blocks // smaller,
+            }
 
 
-def combinations(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def combinations(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[Changes]:
     """Single changes, then the first two together, the first three, and so on.
 
     What does not go with the config and the changes before it, or is so already, is left out.
     """
-    changes = list(single_changes(config, missing))
-    for change in changes:
-        if _overridden(config, change) not in (None, config):
+    singles = list(single_changes(config, missing))
+    for change in singles:
+        if _changed(config, change) not in (None, config):
             yield change
-    together: tuple[str, ...] = ()
-    reached, count = config, 0
-    for change in changes:
-        found = _overridden(config, (*together, *change))
+    together: Changes = {}
+    reached = config
+    for change in singles:
+        found = _changed(config, together | change)
         if found is not None and found != reached:
-            together, reached, count = (*together, *change), found, count + 1
-            if count > 1:
+            together, reached = together | change, found
+            if together != change:
                 yield together
 
 
@@ -121,31 +128,31 @@ def first_change_that_fits(
     config: StackWiseConfig, plan: Planner, planned: Plan, recipe: str | None = None
 ) -> Change | None:
     """The first of ``combinations`` with which ``config`` (``planned`` as it is) fits, without what it fits without."""
-    for overrides in combinations(config, planned.missing):
-        found = _planned(config, overrides, plan)
+    for changes in combinations(config, planned.missing):
+        found = _planned(config, changes, plan)
         if found is None or found.missing:
             continue
-        for override in overrides:
-            fewer = tuple(other for other in overrides if other != override)
+        for key in changes:
+            fewer = {other: value for other, value in changes.items() if other != key}
             without = _planned(config, fewer, plan) if fewer else None
             if without is not None and not without.missing:
-                overrides, found = fewer, without
-        return Change(recipe, overrides, found)
+                changes, found = fewer, without
+        return Change(recipe, changes, found)
     return None
 
 
-def _planned(config: StackWiseConfig, overrides: tuple[str, ...], plan: Planner) -> Plan | None:
-    """``None`` where the overrides do not go with the config."""
-    changed = _overridden(config, overrides)
+def _planned(config: StackWiseConfig, changes: Changes, plan: Planner) -> Plan | None:
+    """``None`` where the changes do not go with the config."""
+    changed = _changed(config, changes)
     try:
         return None if changed is None else plan(changed)
     except UserError:
         return None
 
 
-def _overridden(config: StackWiseConfig, overrides: tuple[str, ...]) -> StackWiseConfig | None:
-    """``None`` where the overrides do not go with the config."""
+def _changed(config: StackWiseConfig, changes: Changes) -> StackWiseConfig | None:
+    """``None`` where the changes do not go with the config."""
     try:
-        return config.override(overrides)
+        return config.changed(changes)
     except UserError:
         return None

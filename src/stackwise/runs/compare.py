@@ -50,7 +50,7 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
 
 def _compare(config: StackWiseConfig, names: Sequence[str], out: Path, stop: StopRequest) -> list[dict[str, Any]]:
     budget = equal_budget(config)
-    configs = {name: apply_recipe(config, name).override([f"training.max_flops={budget!r}"]) for name in names}
+    configs = {name: apply_recipe(config, name).changed({"training.max_flops": budget}) for name in names}
     rows = []
     for name, settings in configs.items():
         run = RunDir(out / name)

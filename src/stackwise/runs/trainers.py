@@ -44,7 +44,7 @@ class _Trainer:
         else:
             source = IterableSource(dataloader, self.objective)
             shape = peek_shape(dataloader)
-        config = config.override([f"training.batch_size={shape[0]}", f"training.seq_len={shape[1]}"])
+        config = config.changed({"training.batch_size": shape[0], "training.seq_len": shape[1]})
         device = resolve_device(config.training.device)
         dtype = resolve_compute_dtype(config.training, device)
         if device.type == "cpu" and config.tight_allocator:
@@ -97,12 +97,12 @@ class ProgressiveTrainer(_Trainer):
         whole call. Returns {"phases", "steps", "tokens", "flops", "final_loss", "rack"}.
         """
         target = target_stacks or self.config.target_stacks
-        config = self.config.override(
-            [
-                "training.strategy=progressive",
-                f"training.progressive.target_stacks={target}",
-                f"training.progressive.building_mode={rack_builder.building_mode}",
-            ]
+        config = self.config.changed(
+            {
+                "training.strategy": "progressive",
+                "training.progressive.target_stacks": target,
+                "training.progressive.building_mode": rack_builder.building_mode,
+            }
         )
         config = StackWiseConfig.from_dict({**config.to_dict(), "model": rack_builder.config.to_dict()["model"]})
         results = self._train(config, rack_builder.rack, dataloader)
@@ -114,6 +114,5 @@ class ArchitectureTrainer(_Trainer):
 
     def train_architecture(self, rack: Rack, dataloader: ProgressiveDataLoader | Iterable[Any]) -> dict[str, Any]:
         """Trains all of ``rack`` for the budget. Returns {"phases", "steps", "tokens", "flops", "final_loss"}."""
-        tie = "true" if rack.tied else "false"
-        config = self.config.override(["training.strategy=end_to_end", f"model.tie_embeddings={tie}"])
+        config = self.config.changed({"training.strategy": "end_to_end", "model.tie_embeddings": rack.tied})
         return self._train(config, rack, dataloader)
