@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise.data.hashing import permutation_index
 from stackwise.errors import UserError
+from stackwise.randomness import permutation_index
 
 _SAMPLES_AT_ONCE = 1 << 10
 """Places of the stream whose samples are looked up together: for one batch, numpy's calls cost more than the work."""

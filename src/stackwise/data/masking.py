@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stackwise.data.hashing import uniform
 from stackwise.ops.losses import IGNORE
+from stackwise.randomness import uniform
 
 WHICH, HOW, WHAT, SPAN = 1, 2, 3, 4
 """Independent streams: which tokens are picked, how each is hidden, what it is replaced by, where spans begin."""

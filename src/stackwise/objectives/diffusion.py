@@ -20,12 +20,12 @@ from torch import Tensor
 
 from stackwise.config.objectives import DiffusionConfig
 from stackwise.data.batches import Batch
-from stackwise.data.hashing import uniform
 from stackwise.data.masking import count_mask, mask_uniforms, protected, rate_mask
 from stackwise.model.architecture import Rack
 from stackwise.objectives.base import CrossEntropyObjective, Example, Route, Score, scored
 from stackwise.objectives.depth import Interval, Variant, intervals_of
 from stackwise.ops.losses import IGNORE, linear_cross_entropy
+from stackwise.randomness import uniform
 
 RATE, BLOCK_RATE = 11, 12
 """Streams of random numbers, beside those of ``data.masking``."""

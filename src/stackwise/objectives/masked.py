@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stackwise.config.objectives import MaskingConfig
 from stackwise.data.batches import Batch
-from stackwise.data.hashing import uniform
 from stackwise.data.masking import bert_mask
 from stackwise.objectives.base import CrossEntropyObjective, Example
 from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
+from stackwise.randomness import uniform
 
 ROW_RATE = 10
 """Stream of the rates of sequences, beside those of ``data.masking``."""

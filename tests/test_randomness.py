@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stackwise.data.hashing import permutation_index, splitmix64, uniform
+from stackwise.randomness import permutation_index, splitmix64, uniform
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
