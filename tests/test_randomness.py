@@ -1,7 +1,10 @@
+import hashlib
+
 import numpy as np
 import pytest
+import torch
 
-from stackwise.randomness import permutation_index, splitmix64, uniform
+from stackwise.randomness import generator, permutation_index, seed_of, splitmix64, uniform
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
@@ -84,3 +87,16 @@ def test_uniform_takes_the_largest_seed_and_broadcasts_numbers() -> None:
     assert 0.0 <= uniform(2**63 - 1, 0, 0, 0) < 1.0
     grid = uniform(2**63 - 1, np.array([0, 1])[:, None], 5, np.arange(3))
     assert grid[1, 2] == uniform(2**63 - 1, 1, 5, 2)
+
+
+def test_a_stream_starts_from_the_sha256_of_its_coordinates() -> None:
+    """Written down by hand, since weights that are drawn anew must stay what they are."""
+    text = b"(5, 'stack', 3)"
+    start = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") // 2
+    assert seed_of(5, "stack", 3) == start < 2**63
+    drawn = torch.rand(7, generator=generator(5, "stack", 3))
+    assert torch.equal(drawn, torch.rand(7, generator=torch.Generator().manual_seed(start)))
+    others = [
+        generator(*c) for c in ((6, "stack", 3), (5, "stack", 4), (5, "stacks", 3), (5, "stack"), (5, 3, "stack"))
+    ]
+    assert not any(torch.equal(drawn, torch.rand(7, generator=other)) for other in others)

@@ -1,18 +1,32 @@
 """Random numbers as functions of where they are used: no generator state, so nothing to save, order or share.
 
-All functions work on arrays and broadcast.
+Two ways: hashes of integer coordinates, one number for each place of an array (masks, the order of samples, noise
+levels), and a generator for each named stream, for tensors drawn whole (weights, dropout, rounding).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PERMUTATION = 0x5045524D  # the stream of permutations; others are small numbers
 _ROUNDS = 6
+
+
+def seed_of(seed: int, *stream: int | str) -> int:
+    """63 bits that depend on ``seed`` and the names and numbers of what is drawn, and on nothing else."""
+    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that starts from ``seed_of`` the same. Numbers differ between kinds of devices."""
+    return torch.Generator(device).manual_seed(seed_of(seed, *stream))
 
 
 def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
@@ -25,7 +39,7 @@ def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
 
 
 def hash64(*coordinates: ArrayLike) -> NDArray[np.uint64]:
-    """A 64-bit hash of the broadcast integer ``coordinates``, in their order."""
+    """A 64-bit hash of the broadcast integer ``coordinates``, in their order; arrays broadcast, as below."""
     state = np.zeros((), dtype=np.uint64)
     for coordinate in coordinates:
         state = splitmix64(state ^ np.asarray(coordinate).astype(np.uint64))

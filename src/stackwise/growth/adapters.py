@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from stackwise.errors import UserError
 from stackwise.files import write_text_atomic
 from stackwise.growth.phases import Adapter, AdapterKind
-from stackwise.model.initialisation import generator
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.rack import Rack
 from stackwise.model.stack import Stack
 from stackwise.model.weights import load_weights, save_weights
+from stackwise.randomness import generator
 from stackwise.reading import read_object
 
 KINDS: tuple[AdapterKind, ...] = ("stack", "progressive")

@@ -18,12 +18,11 @@ A tied head reads a normalised hidden state, so its logits start at standard dev
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import nn
 
 from stackwise.model.attention.core import CoreAttention
+from stackwise.randomness import generator
 
 EMBEDDING_STD = 0.02
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
@@ -31,12 +30,6 @@ INNER = (
     "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "k_a_proj", "k_b_proj", "v_a_proj", "v_b_proj",
     "kv_a_proj", "kv_b_proj", "gate_proj", "up_proj", "dense", "adapter_in", "adapter_out", "time_in", "time_out",
 )  # fmt: skip
-
-
-def generator(seed: int, *stream: int | str) -> torch.Generator:
-    """A CPU generator that depends on ``seed`` and the names of what is drawn, and on nothing else."""
-    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()

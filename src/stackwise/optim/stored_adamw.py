@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stackwise.randomness import generator
 
 Moments = Literal["float32", "bfloat16", "int8"]
 BLOCK = 256
@@ -68,8 +69,7 @@ class StoredAdamW(torch.optim.Optimizer):
                 state.update(_zeros(moment, p, self.moments))
         state["step"] += 1
         step = int(state["step"])
-        digest = hashlib.sha256(repr((self.seed, step, name)).encode()).digest()
-        draw = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        draw = generator(self.seed, step, name, device=p.device)
         beta1, beta2 = group["betas"]
         weights, grads = p.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
         for start in range(0, p.numel(), CHUNK):

@@ -23,13 +23,13 @@ from stackwise.growth.phases import Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import prepare_phase
 from stackwise.model.architecture import Rack, Stack
-from stackwise.model.initialisation import generator
 from stackwise.model.linear import linears
 from stackwise.objectives.base import Objective
 from stackwise.objectives.scoring import Validation
 from stackwise.ops.boundary import BoundaryLayout
 from stackwise.ops.precision import autocast
 from stackwise.optim.create import InBackward, create_optimizer
+from stackwise.randomness import seed_of
 from stackwise.signals import StopRequest, stop_if_asked, stoppable
 from stackwise.store.activation_cache import ActivationCache, BoundaryId, UpstreamPart, cache_key
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
@@ -270,7 +270,7 @@ class Loop:
         """One optimizer step: (mean loss of the tokens that count, gradient norm, tokens read)."""
         training, state = self.config.training, self.state
         # Dropout of any kind, and what an objective of the user's own draws, comes from the global generator.
-        torch.manual_seed(generator(training.seed, "dropout", state.step).initial_seed())
+        torch.manual_seed(seed_of(training.seed, "dropout", state.step))
         example = examples.next()
         count = example.n_targets  # before it moves to the device, which would have to be waited for
         if count == 0:
