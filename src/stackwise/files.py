@@ -39,8 +39,18 @@ def _forget_locks_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_locks_in_child)
 
 
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of a file is reached",
+}
+"""What is said where there is no room to write."""
+
+
 def reason(error: OSError) -> str:
-    """What the system says, in a few words."""
+    """Why something cannot be written, in a few words."""
+    if error.errno in FULL:
+        return FULL[error.errno]
     if error.errno == errno.ELOOP:
         return "it is a symbolic link, and links are not followed when writing"
     return error.strerror or str(error)

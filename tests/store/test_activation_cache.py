@@ -453,7 +453,7 @@ def test_a_full_disk_is_an_error_in_one_line_and_the_roll_goes_on_when_there_is_
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         full.setattr(os, "fsync", fsync)
-        with pytest.raises(RunError, match=r"segment-000001.bin: cannot be written: No space left on device$"):
+        with pytest.raises(RunError, match=r"segment-000001.bin: cannot be written: the disk is full$"):
             cache.roll(OLD, NEW, advance)
     assert not list(tmp_path.rglob("*.tmp"))
     assert_holds(cache.roll(OLD, NEW, advance), rolled)

@@ -228,7 +228,7 @@ def test_truncating_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fail)
-            with pytest.raises(RunError, match="No space left"):
+            with pytest.raises(RunError, match="the disk is full"):
                 run.truncate_metrics(3)
         assert lines(run) == ['{"step": 3}', '{"step": 7}']
     assert not list(run.path.glob("*.tmp")) and not list(run.path.glob(".*.tmp"))
@@ -289,7 +289,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RunError, match=r"a\.txt: cannot be written: No space left"):
+    with pytest.raises(RunError, match=r"a\.txt: cannot be written: the disk is full"):
         write_text_atomic(path, "two")
     assert path.read_text(encoding="utf-8") == "one é"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -44,7 +44,7 @@ from stackwise.data.tokenizers import (
     train_bpe,
 )
 from stackwise.errors import RunError, UserError
-from stackwise.files import publish, remove_leftovers, scratch_folder
+from stackwise.files import publish, reason, remove_leftovers, scratch_folder
 from stackwise.reading import read_object
 from stackwise.signals import stop_if_asked, stoppable
 
@@ -65,11 +65,6 @@ _REPORT_BYTES = 1 << 18
 _BUCKETS = 1 << 16
 _RECORD = struct.Struct("<Hq")  # of a document: the hash of its content, its characters
 _FILES = ("train.bin", "validation.bin")
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit on the size of a file is reached",
-}
 _UNUSABLE = {
     errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
@@ -357,9 +352,10 @@ def _build(
 
 
 def _raise_unwritten(root: Path, error: OSError) -> NoReturn:
-    problem = _FULL.get(error.errno or 0) or error.strerror or str(error)
     kind = UserError if error.errno in _UNUSABLE else RunError
-    raise kind(f"{root}: the token store cannot be written: {problem} (data.cache_dir sets another place)") from error
+    raise kind(
+        f"{root}: the token store cannot be written: {reason(error)} (data.cache_dir sets another place)"
+    ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from stackwise.errors import RunError, UserError
-from stackwise.files import publish, scratch_folder
+from stackwise.files import publish, reason, scratch_folder
 from stackwise.reading import JSONError, from_home, parse_json, read_object
 
 BUILT_IN_SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
@@ -95,7 +95,7 @@ class Tokenizer(ABC):
                     for path in scratch.iterdir():
                         os.replace(path, folder / path.name)
         except OSError as error:
-            raise RunError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from error
+            raise RunError(f"{folder}: the tokenizer cannot be written: {reason(error)}") from error
 
     @abstractmethod
     def _save(self, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import RunError, UserError
-from stackwise.files import publish, scratch_folder
+from stackwise.files import publish, reason, scratch_folder
 from stackwise.growth.adapters import adapters_of, plain_rack
 from stackwise.growth.precision import PrecisionManager
 from stackwise.interop.families import choose_family
@@ -98,7 +98,7 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
             if not publish(scratch, out):
                 raise UserError(f"{out}: already exists; give a new or an empty folder")
     except OSError as error:
-        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{out}: cannot be written: {reason(error)}") from error
     except SafetensorError as error:
         raise RunError(f"{out}: cannot be written: {error}") from error
     return {

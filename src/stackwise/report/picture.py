@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import RunError, UserError
-from stackwise.files import write_atomic
+from stackwise.files import reason, write_atomic
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
 from stackwise.runs.initial import initial_stacks
@@ -83,7 +83,7 @@ def draw_run(run: str | Path, out: str | Path) -> None:
     try:
         write_atomic(out, [content])
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{out}: cannot be written: {reason(error)}") from None
 
 
 def _phases(config: StackWiseConfig, summary: dict[str, Any], path: Path) -> list[Phase]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stackwise.errors import RunError
-from stackwise.files import remove_leftovers, sync_directory, write_atomic
+from stackwise.files import reason, remove_leftovers, sync_directory, write_atomic
 from stackwise.ops.boundary import CHECKSUM_BYTES, BoundaryLayout
 from stackwise.reading import read_json
 
@@ -261,4 +261,4 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{path}: cannot be written: {reason(error)}") from error

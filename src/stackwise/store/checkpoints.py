@@ -10,7 +10,6 @@ Every load compares the bytes it returns with the object's name. No pickle.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stackwise.errors import RunError
-from stackwise.files import remove_leftovers, sync_directory, write_atomic
+from stackwise.files import FULL, reason, remove_leftovers, sync_directory, write_atomic
 from stackwise.reading import parse_json, read_object
 from stackwise.signals import stop_if_asked
 from stackwise.store.objects import (
@@ -41,11 +40,6 @@ FORMAT_VERSION = 1
 
 _MANIFEST_NAME = re.compile(r"step-(\d{8,})\.json")
 _OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit on the size of a file is reached",
-}
 
 
 class CheckpointError(RunError):
@@ -203,7 +197,7 @@ class CheckpointStore:
                 self._verified.add(entry.sha256)
                 sync_directory(self._objects)
         except OSError as error:
-            raise CheckpointError(f"{self._objects}: cannot be written: {error.strerror or error}") from error
+            raise CheckpointError(f"{self._objects}: cannot be written: {reason(error)}") from error
         self._deposits[name] = entry
 
     def adopt(self, checkpoint: Checkpoint, name: str) -> None:
@@ -435,12 +429,11 @@ class CheckpointStore:
                 self._verified.discard(path.stem)
 
     def _raise_unwritten(self, step: int, error: OSError, needed_bytes: int) -> NoReturn:
-        if error.errno in _FULL:
-            problem = f"{_FULL[error.errno]}: the checkpoint of step {step} needs {needed_bytes / 1e6:.1f} MB more"
+        if error.errno in FULL:
+            problem = f"{reason(error)}: the checkpoint of step {step} needs {needed_bytes / 1e6:.1f} MB more"
             problem += f" in {self.folder}"
         else:
-            problem = f"the checkpoint of step {step} cannot be written in {self.folder}: "
-            problem += error.strerror or str(error)
+            problem = f"the checkpoint of step {step} cannot be written in {self.folder}: {reason(error)}"
         intact = self._intact_step(besides=step)
         rest = "no other checkpoint is intact" if intact is None else f"the checkpoint of step {intact} is intact"
         raise CheckpointError(f"{problem}; {rest}") from error

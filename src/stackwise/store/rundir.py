@@ -91,7 +91,7 @@ class RunDir:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{run.path}: cannot make this folder: {error.strerror or error}") from None
+            raise UserError(f"{run.path}: cannot make this folder: {reason(error)}") from None
         with run.lock():
             run._refuse_if_taken()
             if origin is not None:
@@ -204,7 +204,7 @@ class RunDir:
             write_atomic(self.metrics, (line for line, record in self._metric_lines() if record["step"] <= step))
             sync_directory(self.path)
         except OSError as error:
-            raise RunError(f"{self.metrics}: cannot be written: {error.strerror or error}") from error
+            raise RunError(f"{self.metrics}: cannot be written: {reason(error)}") from error
 
     def _metric_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """Complete lines with their objects. RunError when a damaged line is followed by a good one."""
