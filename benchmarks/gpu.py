@@ -78,14 +78,14 @@ def main() -> None:
         print("benchmarks/gpu.py: skipped, there is no GPU")
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| run | tokens/s | MFU | peak GB | planned GB | held GB | beside GB |\n|---|---|---|---|---|---|---|")
+    print("| run | tokens/s | MFU | peak GiB | planned GiB | held GiB | beside GiB |\n|---|---|---|---|---|---|---|")
     found, begin = {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40_000)
         for label, overrides in ROWS.items():
             found[label] = made = row(overrides, options.steps, folder)
-            sizes = " | ".join(f"{made[key] / 1e9:.2f}" for key in ("measured", "planned", "held", "beside"))
+            sizes = " | ".join(f"{made[key] / 2**30:.2f}" for key in ("measured", "planned", "held", "beside"))
             mfu = "" if made["mfu"] is None else f"{made['mfu']:.2f}"
             print(f"| {label} | {made['tokens_per_second']:,.0f} | {mfu} | {sizes} |", flush=True)
     print()

@@ -4,7 +4,7 @@
 
 Nothing is trained: each mode is planned at 4096 tokens, one sequence a step, in bfloat16 autocast. By hand: bytes of
 stored weights, 16 bytes for each parameter that AdamW trains, activations of flash attention in bfloat16, two FLOPs a
-weight and token for a frozen Stack and six for one that trains. Then the same modes beside 141 GB, 128 GiB of host
+weight and token for a frozen Stack and six for one that trains. Then the same modes beside 131 GiB, 128 GiB of host
 memory and 64 GiB of disk.
 """
 
@@ -27,6 +27,7 @@ from stackwise.planning.plan import plan_run
 
 CONFIG = Path(__file__).parents[1] / "configs/models/llama_70b.yaml"
 V, BLOCKS, T = 128256, 80, 4096
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ def comparison() -> list[Row]:
     block = full[2].parameters - full[1].parameters
     rows.append(Row("parameters of a block", block, 855.65e6, ""))
     state = (full[1].gradients + full[1].gradients + full[1].optimizer) / full[1].trainable_parameters
-    rows.append(Row("AdamW, of a block", state * block / 1e9, 13.7, "GB"))
+    rows.append(Row("AdamW, of a block", state * block / GIB, 12.8, "GiB"))
     head = full[1].trainable_parameters - block
-    rows.append(Row("AdamW, of the head", state * head / 1e9, 16.8, "GB"))
-    for precision, trunk in (("bfloat16", 136.9), ("fp8", 70.6), ("nvfp4", 38.5), ("nf4", 38.5)):
+    rows.append(Row("AdamW, of the head", state * head / GIB, 15.6, "GiB"))
+    for precision, trunk in (("bfloat16", 127.5), ("fp8", 65.8), ("nvfp4", 35.9), ("nf4", 35.9)):
         costs, _ = costs_of(mode(1, stored(precision)))
         one = costs[-1].weights - costs[-2].weights
-        rows.append(Row(f"trunk in {precision}", BLOCKS * one / 1e9, trunk, "GB"))
+        rows.append(Row(f"trunk in {precision}", BLOCKS * one / GIB, trunk, "GiB"))
     for format, by_hand in (("bfloat16", 16384), ("fp8", 8448)):
         rows.append(Row(f"cache in {format}, a token", bytes_per_row(format, 8192), by_hand, "B"))
 
@@ -90,19 +91,19 @@ def comparison() -> list[Row]:
     rows.append(
         Row(
             "activations of a block, a token", ((four.activations - two.activations) / 2 - copies) / T, 274432, "B",
-            "by hand: a bfloat16 residual; here it is fp32, twice 16 kB more",
+            "by hand: a bfloat16 residual; here it is fp32, twice 16 KiB more",
         )
     )  # fmt: skip
     cached = "training.progressive.cache_activations=true"
-    for blocks, resident, fed in ((1, 73.0, 36.0), (4, 116.0, 80.0)):
+    for blocks, resident, fed in ((1, 68.0, 33.5), (4, 108.0, 74.5)):
         (*_, last), _ = costs_of(mode(blocks, stored("nf4")))
-        rows.append(Row(f"nf4 trunk resident, {blocks}-block Stacks", last.peak / 1e9, resident, "GB"))
+        rows.append(Row(f"nf4 trunk resident, {blocks}-block Stacks", last.peak / GIB, resident, "GiB"))
         (*_, last), _ = costs_of(mode(blocks, stored("nf4"), cached))
         why = (
-            "by hand: AdamW, activations and 5.3 GB of logits at once; here the loss never makes them all, and the "
+            "by hand: AdamW, activations and 4.9 GiB of logits at once; here the loss never makes them all, and the "
             "gradients of later Blocks do not meet the activations of earlier ones"
         )
-        rows.append(Row(f"cached, {blocks}-block Stacks", last.peak / 1e9, fed, "GB", why))
+        rows.append(Row(f"cached, {blocks}-block Stacks", last.peak / GIB, fed, "GiB", why))
 
     # Relative to end to end at the same tokens a Block: 6 N T by hand, its own plan here; both hold attention or not.
     whole = mode(1, "training.strategy=end_to_end", "training.progressive.trunk_strategy=trainable")
@@ -116,7 +117,7 @@ def comparison() -> list[Row]:
 
 
 def on_one_h200() -> list[dict[str, object]]:
-    """Which modes fit 141 GB, 128 GiB of host memory and 64 GiB of disk, a thousand steps a phase."""
+    """Which modes fit 131 GiB, 128 GiB of host memory and 64 GiB of disk, a thousand steps a phase."""
     found = []
     lean = ["training.checkpoint.keep_last=1"]
     cached = [stored("nf4"), "training.progressive.cache_activations=true", "training.cache.max_bytes=8000000000"]
@@ -155,9 +156,9 @@ def main() -> None:
         print(f"{row.what:40}{row.planned:14,.{digits}f}{row.by_hand:14,.{digits}f}{row.ratio:9.3f}  {row.unit}")
         if abs(row.ratio - 1) > 0.05:
             print(f"    {row.differs}")
-    print(f"\n{'on one H200':40}{'peak GB':>10}{'host GB':>10}{'disk GB':>10}  fits")
+    print(f"\n{'on one H200':40}{'peak GiB':>10}{'host GiB':>10}{'disk GiB':>10}  fits")
     for found in fits:
-        sizes = "".join(f"{found[k] / 1e9:10.1f}" for k in ("peak_memory_bytes", "host_memory_bytes", "disk_bytes"))  # type: ignore[operator]
+        sizes = "".join(f"{found[k] / GIB:10.1f}" for k in ("peak_memory_bytes", "host_memory_bytes", "disk_bytes"))  # type: ignore[operator]
         missing = found["missing"]
         assert isinstance(missing, list)
         print(f"{found['mode']:40}{sizes}  {'no: ' + ', '.join(missing) if missing else 'yes'}")

@@ -125,7 +125,7 @@ def test_the_commands_of_recipes_run_as_printed(
         assert main([*command, *less.get(i, []), *(["training.device=cpu"] if command[0] != "recipes" else [])]) == 0
         out = capsys.readouterr().out
         assert i != 2 or all(name in out for name in ("end-to-end", "grown", "append-frozen", "every phase fell"))
-        assert i != 3 or "of 5.6 GiB, fits" in out
+        assert i != 3 or "of 6.0 GiB, fits" in out
     assert Path("runs/one-billion/summary.json").exists()
 
 

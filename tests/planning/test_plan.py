@@ -304,7 +304,7 @@ def seventy(blocks: int, *overrides: str) -> PhaseCost:
 
 @pytest.mark.parametrize("blocks, resident, cached", [(1, 73e9, 36e9), (4, 116e9, 80e9)])
 def test_the_peak_of_the_70b_shape_is_what_arithmetic_gives(blocks: int, resident: float, cached: float) -> None:
-    """By hand 5.3 GB of logits stand at once, which the loss never makes; so what is fed from a cache takes less."""
+    """By hand 4.9 GiB of logits stand at once, which the loss never makes; so what is fed from a cache takes less."""
     plain = seventy(blocks)
     fed = seventy(blocks, "training.progressive.cache_activations=true")
     assert plain.parameters == pytest.approx(70.55e9, rel=0.001)

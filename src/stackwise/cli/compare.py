@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
+from stackwise.units import size
 
 
 def compare(
@@ -24,7 +25,7 @@ def compare(
 ) -> None:
     """Train CONFIG by several recipes at equal true FLOPs, and show what came out side by side."""
     settings = read_config(config, overrides, start)
-    from stackwise.cli.results import bound, print_json, size, table
+    from stackwise.cli.results import bound, print_json, table
     from stackwise.growth.recipes import recipe_names
     from stackwise.runs.compare import compare_recipes
 

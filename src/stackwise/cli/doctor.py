@@ -18,11 +18,11 @@ import typer
 
 from stackwise import __version__
 from stackwise.data.cache import cache_root
+from stackwise.units import size
 
 if TYPE_CHECKING:
     import torch
 
-_GB = 1e9
 _FASTER = 1.2
 """A dtype counts as faster from this ratio on; below it the timing says nothing."""
 _FEWEST_TURNS, _MOST_TURNS, _SECONDS = 3, 9, 1.0
@@ -142,13 +142,16 @@ def describe(facts: dict[str, Any]) -> str:
         ("platform", facts["platform"]),
         ("torch", f"{torch_facts['version']} ({build}), {torch_facts['threads']} threads"),
         ("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores, {cpu['simd']}"),
-        ("memory", f"{_gb(memory['total'])}, {_gb(memory['available'])} available"),
+        ("memory", f"{size(memory['total'])}, {size(memory['available'])} available"),
         ("peak memory", "measured on the CPU" if facts["resident_peak_measurable"] else "not measurable on the CPU"),
-        ("disk", f"{_gb(facts['disk']['here_free'])} free here"),
-        ("cache", f"{facts['cache']['path']}: {_gb(facts['cache']['bytes'])}, {_gb(facts['disk']['cache_free'])} free"),
+        ("disk", f"{size(facts['disk']['here_free'])} free here"),
+        (
+            "cache",
+            f"{facts['cache']['path']}: {size(facts['cache']['bytes'])}, {size(facts['disk']['cache_free'])} free",
+        ),
     ]
     if memory["limit"] is not None:
-        rows.insert(6, ("", f"limited to {_gb(memory['limit'])} for this process's group"))
+        rows.insert(6, ("", f"limited to {size(memory['limit'])} for this process's group"))
     for accelerator in facts["accelerators"] or [None]:
         rows.append(("accelerator", "none" if accelerator is None else _accelerator_line(accelerator)))
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in compute["flops_per_second"].items())
@@ -160,15 +163,11 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<16}{text}" for name, text in rows) + f"\n\n{compute['advice']}"
 
 
-def _gb(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / _GB:.1f} GB"
-
-
 def _accelerator_line(accelerator: dict[str, Any]) -> str:
     bfloat16 = "bfloat16" if accelerator["bfloat16"] else "no bfloat16"
     capability = f", compute capability {accelerator['capability']}" if accelerator["capability"] else ""
-    free = f" ({_gb(accelerator['memory_free'])} free)" if accelerator["memory_free"] is not None else ""
-    return f"{accelerator['name']}, {_gb(accelerator['memory_total'])}{free}{capability}, {bfloat16}"
+    free = f" ({size(accelerator['memory_free'])} free)" if accelerator["memory_free"] is not None else ""
+    return f"{accelerator['name']}, {size(accelerator['memory_total'])}{free}{capability}, {bfloat16}"
 
 
 def _accelerators() -> list[dict[str, Any]]:

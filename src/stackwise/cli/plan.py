@@ -13,6 +13,7 @@ import typer
 from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
 from stackwise.config.run import TrainingConfig
 from stackwise.errors import UserError
+from stackwise.units import size
 
 if TYPE_CHECKING:
     from stackwise.planning.devices import Machine
@@ -23,15 +24,15 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
-    """``24GB``, ``16GiB``, ``800M``: bytes. Raises ``UserError`` that names ``option``."""
+    """``24GiB``, ``16GB``, ``800M``: bytes. Raises ``UserError`` that names ``option``."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)?B?\s*", text.upper())
     if not found:
-        raise UserError(f"{option}: {text!r} is not a size; write for example 24GB, 16GiB or 800MB")
+        raise UserError(f"{option}: {text!r} is not a size; write for example 24GiB, 800MiB or 16GB")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 _Memory = Annotated[
-    str | None, typer.Option("--memory", help="Memory of the device, for example 24GB (default: what it has)")
+    str | None, typer.Option("--memory", help="Memory of the device, for example 24GiB (default: what it has)")
 ]
 _Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")
@@ -126,7 +127,7 @@ def _machine(device: str | None, training: TrainingConfig, flops_per_second: flo
 
 
 def _show(report: Plan) -> None:
-    from stackwise.cli.results import size, table
+    from stackwise.cli.results import table
     from stackwise.planning.devices import UTILISATION
 
     rows = []
@@ -168,7 +169,7 @@ def _show(report: Plan) -> None:
 
 
 def _show_comparison(rows: list[Compared], best: Compared | None, change: Change | None, asked: bool) -> None:
-    from stackwise.cli.results import size, table
+    from stackwise.cli.results import table
     from stackwise.growth.recipes import RECIPES
 
     shown = []

@@ -10,16 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
-def size(n_bytes: float | None) -> str:
-    """Bytes for people: 12.3 MiB."""
-    if n_bytes is None:
-        return "–"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n_bytes < 1024 or unit == "TiB":
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    raise AssertionError
+from stackwise.units import size
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool = True) -> None:

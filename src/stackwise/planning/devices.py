@@ -45,7 +45,7 @@ DEVICES: dict[str, tuple[str, int]] = {
 """Devices that need not be here: a key of ``BF16_PEAK``, and bytes of memory by the data sheet. All have bfloat16."""
 
 CONTEXT_BYTES = 10**9
-"""Of a GPU's memory that no tensor can have: the CUDA context with its loaded kernels (0.3 to 0.6 GB as nvidia-smi
+"""Of a GPU's memory that no tensor can have: the CUDA context with its loaded kernels (0.3 to 0.6 GiB as nvidia-smi
 shows it) and workspaces of the matrix libraries. Assumed generously, not measured; ``make gpu`` measures it."""
 FRAGMENTATION = 0.05
 """Share of a GPU's memory that the caching allocator holds in blocks too small or too large for what is asked. Assumed;

@@ -34,6 +34,7 @@ from stackwise.store.objects import (
     read_safetensors,
     serialise,
 )
+from stackwise.units import size
 
 FORMAT_VERSION = 1
 
@@ -430,7 +431,7 @@ class CheckpointStore:
 
     def _raise_unwritten(self, step: int, error: OSError, needed_bytes: int) -> NoReturn:
         if error.errno in FULL:
-            problem = f"{reason(error)}: the checkpoint of step {step} needs {needed_bytes / 1e6:.1f} MB more"
+            problem = f"{reason(error)}: the checkpoint of step {step} needs {size(needed_bytes)} more"
             problem += f" in {self.folder}"
         else:
             problem = f"the checkpoint of step {step} cannot be written in {self.folder}: {reason(error)}"
