@@ -13,7 +13,7 @@ from stackwise.model.architecture import Stacks, create_rack_from_config, create
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.precision import autocast
 from stackwise.ops.storage import STORAGES
-from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_step
+from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_segments
 from stackwise.planning.plan import Plan, plan_phases
 from stackwise.training.offload import Offload
 
@@ -29,7 +29,8 @@ def rack(trains=None, checkpointed=False, n_stacks=3, **settings):
 
 def fake_cost(trains=None, checkpointed=False, micro_batches=1, n_stacks=3, **settings):
     with FakeTensorMode():
-        return measure_step(rack(trains, checkpointed, n_stacks, **settings), micro_batches, B, T)
+        model = rack(trains, checkpointed, n_stacks, **settings)
+        return measure_segments(model, micro_batches, B, T, None, 0, None, False)[0]
 
 
 def real_step(model):
@@ -168,7 +169,8 @@ def test_the_ledger_follows_storages_not_views_and_sees_releases():
 def test_attention_is_counted_over_all_pairs_whether_keys_are_shared_or_not(n_kv_heads):
     def flops(seq_len):
         with FakeTensorMode():
-            return measure_step(rack(n_stacks=1, n_kv_heads=n_kv_heads), 1, B, seq_len).flops
+            model = rack(n_stacks=1, n_kv_heads=n_kv_heads)
+            return measure_segments(model, 1, B, seq_len, None, 0, None, False)[0].flops
 
     # Twice the tokens: everything else doubles.
     assert flops(2 * T) - 2 * flops(T) == 3.5 * (4 - 2) * ATTENTION

@@ -48,11 +48,6 @@ class Batches:
                 f"{len(tokens)}; give more text or a smaller seq_len"
             )
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Targets in one pass over all samples."""
-        return self.n_samples * self.seq_len
-
     def batch(self, step: int) -> Batch:
         """The batch of ``step``, from 0."""
         sample, epoch = self._samples(step * self.batch_size)

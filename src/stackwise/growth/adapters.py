@@ -24,7 +24,6 @@ from stackwise.model.weights import load_weights, save_weights
 from stackwise.randomness import generator
 from stackwise.reading import read_object
 
-KINDS: tuple[AdapterKind, ...] = ("stack", "progressive")
 _PREFIX = "base_model.model."
 
 

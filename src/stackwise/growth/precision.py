@@ -9,12 +9,12 @@ from torch import nn
 from stackwise.config.growth import PrecisionName
 from stackwise.model.linear import linears
 from stackwise.model.rack import Rack
-from stackwise.model.stack import ADAPTERS, Stack
+from stackwise.model.stack import Stack
 from stackwise.ops.storage import STORAGES
 
 
 class PrecisionManager:
-    """Stores the matrices of Stacks in a precision, frozen, and says what that takes.
+    """Stores the matrices of Stacks in a precision, frozen, and says which precision a Stack has.
 
     Every linear layer of attention and feed-forward is stored so; norms, biases, kernels' frequencies and adapters stay
     in fp32. Gradients flow through what is stored to the input.
@@ -34,15 +34,6 @@ class PrecisionManager:
         if len(found) > 1:
             raise ValueError(f"the layers of Stack {stack.stack_id} are stored in several ways: {sorted(found)}")
         return found.pop() if found else "full"
-
-    def stored_bytes(self, stack: Stack) -> int:
-        """Bytes of the matrices as they are stored, scales included; without adapters, norms and biases."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for _, layer in linears(stack)
-            for name, tensor in layer.state_dict(keep_vars=True).items()
-            if name != "bias" and not name.startswith(ADAPTERS[1:])
-        )
 
     def check(self, rack: Rack, trains: Iterable[str]) -> None:
         """ValueError if a part of ``trains`` is stored in a precision that cannot train."""

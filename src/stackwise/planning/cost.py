@@ -170,20 +170,6 @@ class PhaseCost:
         return {name: getattr(self, name) for name in names}
 
 
-def measure_step(
-    rack: Rack,
-    micro_batches: int,
-    batch_size: int,
-    seq_len: int,
-    compute_dtype: torch.dtype | None = None,
-    runtime: int = 0,
-    optimizer: OptimizerConfig | None = None,
-    entered: bool = False,
-) -> PhaseCost:
-    """The cost that ``measure_segments`` finds."""
-    return measure_segments(rack, micro_batches, batch_size, seq_len, compute_dtype, runtime, optimizer, entered)[0]
-
-
 def measure_segments(
     rack: Rack,
     micro_batches: int,

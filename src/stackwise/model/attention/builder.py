@@ -41,16 +41,6 @@ class AttentionBuilder:
         """A kernel of queries and keys; ``settings``: kernel_meaning, kernel_norm, kernel_bandwidth …"""
         return self._with(kernel_type=kernel_type, kernel_dim=kernel_dim, **settings)
 
-    def with_mode(self, attention_mode: AttentionMode) -> Self:
-        return self._with(attention_mode=attention_mode)
-
-    def with_window(self, window: int) -> Self:
-        """Local attention over ``window`` tokens."""
-        return self._with(window=window)
-
-    def with_dropout(self, dropout: float) -> Self:
-        return self._with(dropout=dropout)
-
     def build(self) -> CoreAttention:
         """The attention. ValueError where parts do not go together."""
         return CoreAttention(**self._settings)
