@@ -20,9 +20,11 @@ from stackwise.errors import RunError, UserError
 from stackwise.files import (
     append,
     locked,
+    new_folder,
     publish,
     remove_leftovers,
     replacing,
+    require_free,
     scratch_folder,
     write_atomic,
     write_text_atomic,
@@ -204,6 +206,44 @@ def test_a_published_folder_is_whole_and_the_second_is_refused(tmp_path) -> None
             assert publish(scratch, tmp_path / "out") is placed
     assert (tmp_path / "out" / "below" / "file").read_text() == "first"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "full", "file", "link"])
+def test_a_new_folder_takes_the_place_of_nothing_and_of_an_empty_one_alone(tmp_path, there) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if there in ("empty", "full"):
+        out.mkdir()
+    if there == "full":
+        (out / "kept").write_text("as it was")
+    if there == "file":
+        out.write_text("as it was")
+    if there == "link":
+        out.symlink_to(elsewhere)
+
+    def fill() -> None:
+        with new_folder(out) as scratch:
+            (scratch / "file").write_text("inside")
+
+    if there in ("nothing", "empty"):
+        require_free(out)
+        fill()
+        assert names(out) == ["file"]
+    else:
+        with pytest.raises(UserError, match="out: already exists; give a new or an empty folder"):
+            require_free(out)
+        with pytest.raises((UserError, RunError), match=r"out: (already exists|cannot be written)"):
+            fill()
+        assert names(elsewhere) == []
+        assert {"full": lambda: names(out) == ["kept"], "file": out.is_file, "link": out.is_symlink}[there]()
+    assert names(tmp_path) == ["elsewhere", "out"]
+
+
+def test_a_new_folder_that_is_not_finished_never_appears(tmp_path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("inside")
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_put_in_place_is_an_error(tmp_path) -> None:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from stackwise.errors import RunError
+from stackwise.errors import RunError, UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of everything that is still being written."""
@@ -200,6 +200,32 @@ def publish(folder: Path, target: Path) -> bool:
         return False
     sync_directory(target.parent)
     return True
+
+
+def require_free(folder: Path) -> None:
+    """UserError when something is at ``folder`` already; an empty folder counts as nothing."""
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(f"{folder}: already exists; give a new or an empty folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder to fill; it becomes ``folder`` at the end of the block, whole, or vanishes when that raises.
+
+    Raises:
+        UserError: something is at ``folder``. RunError: it cannot be written.
+    """
+    try:
+        with scratch_folder(folder.parent, folder.name) as scratch:
+            yield scratch
+            if not publish(scratch, folder):
+                raise _taken(folder)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def remove_leftovers(folder: Path, names: str) -> None:

@@ -239,7 +239,7 @@ def test_the_commands_export_and_import_go_round(run, tmp_path, capsys):
         (["export", "{run}", "{here}"], "{here}: already exists; give a new or an empty folder"),
         (["import", "{here}/none", "{here}/out"], "{here}/none: no such folder"),
         (["import", "{here}", "{here}/out"], "{here}: not a Hugging Face folder: it has no config.json"),
-        (["import", "{run}", "{run}"], "{run}: already exists; give a new folder"),
+        (["import", "{run}", "{run}"], "{run}: already exists; give a new or an empty folder"),
     ],
 )
 def test_wrong_folders_are_answered_in_one_line(run, tmp_path, capsys, arguments, message):

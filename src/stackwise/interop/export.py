@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import RunError, UserError
-from stackwise.files import publish, reason, scratch_folder
+from stackwise.files import new_folder, require_free
 from stackwise.growth.adapters import adapters_of, plain_rack
 from stackwise.growth.precision import PrecisionManager
 from stackwise.interop.families import choose_family
@@ -45,7 +45,8 @@ def export_run(
         UserError: ``out`` exists and is not empty, ``max_tokens`` is not the number of learned positions, or how the
             model runs depends on noise levels or blocks.
     """
-    out = _new_folder(out)
+    out = Path(out)
+    require_free(out)
     loaded = load(run, step)
     training = loaded.config.training
     for key, value in (
@@ -64,7 +65,8 @@ def export_run(
 
 def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int) -> dict[str, Any]:
     """As ``export_run``, for a Rack at hand; adapters are merged and matrices written in fp32, in a copy of it."""
-    out = _new_folder(out)
+    out = Path(out)
+    require_free(out)
     if adapters_of(rack) or PrecisionManager().described(rack):
         rack = plain_rack(copy.deepcopy(rack))
     # Adapted embeddings are one table to whoever reads the model.
@@ -81,26 +83,22 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
     if not causal:
         ids = {"cls_token_id": ids["bos_token_id"], "sep_token_id": ids["eos_token_id"], **ids}
     settings = {**form.settings, "dtype": "float32", "torch_dtype": "float32", **ids}
-    try:
-        with scratch_folder(out.parent, out.name) as scratch:
-            _write_json(scratch / "config.json", settings)
-            if causal:
-                generation = {key: value for key, value in ids.items() if value is not None}
-                _write_json(scratch / "generation_config.json", generation | ({"use_cache": False} if sources else {}))
+    with new_folder(out) as scratch:
+        _write_json(scratch / "config.json", settings)
+        if causal:
+            generation = {key: value for key, value in ids.items() if value is not None}
+            _write_json(scratch / "generation_config.json", generation | ({"use_cache": False} if sources else {}))
+        try:
             _write_weights(scratch, form.entries, own)
-            if tokenizer is not None:
-                write_tokenizer(tokenizer, scratch, max_tokens)
-            for name, text in sources.items():
-                (scratch / name).write_text(text, encoding="utf-8")
-            remote = ", trust_remote_code=True" if sources else ""
-            card = _card(form.architecture, form.auto_class, remote, rack, max_tokens)
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-            if not publish(scratch, out):
-                raise UserError(f"{out}: already exists; give a new or an empty folder")
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written: {reason(error)}") from error
-    except SafetensorError as error:
-        raise RunError(f"{out}: cannot be written: {error}") from error
+        except SafetensorError as error:
+            raise RunError(f"{out}: cannot be written: {error}") from error
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, scratch, max_tokens)
+        for name, text in sources.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        remote = ", trust_remote_code=True" if sources else ""
+        card = _card(form.architecture, form.auto_class, remote, rack, max_tokens)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
     return {
         "architecture": form.architecture,
         "remote_code": bool(sources),
@@ -148,13 +146,6 @@ def _form_of(spec: RackSpec, own: Mapping[str, Tensor], max_tokens: int) -> _For
         }
     )
     return form
-
-
-def _new_folder(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; give a new or an empty folder")
-    return out
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, open_pretrained
 from stackwise.errors import UserError, allowed
+from stackwise.files import require_free
 from stackwise.interop.families import FAMILIES
 from stackwise.interop.family import Family, Settings
 from stackwise.model.architecture import Rack, rack_spec_from_config
@@ -195,11 +196,11 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
     Returns: {"family", "stacks", "blocks", "parameters"}.
 
     Raises:
-        UserError: the folder cannot be expressed as a Rack, or ``out`` exists. RunError: it cannot be written.
+        UserError: the folder cannot be expressed as a Rack, or ``out`` exists and is not empty.
+        RunError: ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(out)
-    if out.exists():
-        raise UserError(f"{out}: already exists; give a new folder")
+    require_free(out)
     family = family_of(read_settings(folder), folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: it has no tokenizer.json, the only form in which tokenizers are read")

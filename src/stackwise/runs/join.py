@@ -8,6 +8,7 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
+from stackwise.files import require_free
 from stackwise.runs.run import LoadedRun, load, write_untrained_run
 from stackwise.store.objects import weights_sha256
 from stackwise.store.origin import origin_of
@@ -24,12 +25,11 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
 
     Raises:
         RunError: ``out`` cannot be written.
-        UserError: ``out`` exists, a run is not of an expert, Stacks are missing or there twice, or the runs do not
-            share their embedding, norm, head and Stack 0.
+        UserError: ``out`` exists and is not empty, a run is not of an expert, Stacks are missing or there twice, or
+            the runs do not share their embedding, norm, head and Stack 0.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out}: already exists; give a new folder")
+    require_free(out)
     loaded = {str(path): load(path) for path in runs}
     if len(loaded) < 2:
         raise UserError("join needs two runs at least: that of expert 0, and one for each other Stack")

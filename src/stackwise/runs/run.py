@@ -16,7 +16,7 @@ from stackwise.config.run import TrainingConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError
-from stackwise.files import publish, reason, scratch_folder, write_text_atomic
+from stackwise.files import new_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
@@ -168,20 +168,15 @@ def write_untrained_run(
     Raises:
         UserError: something is there. RunError: it cannot be written.
     """
-    try:
-        with scratch_folder(out.parent, out.name) as scratch:
-            run = RunDir(scratch)
-            write_text_atomic(run.config, config.to_yaml())
-            if origin is not None:
-                write_text_atomic(run.origin, origin)
-            tokenizer.save(run.tokenizer)
-            whose = identity(config, tokenizer, None) | {"data": data}
-            state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
-            CheckpointStore(run.checkpoints).save(0, parts, state)
-            if not publish(scratch, out):
-                raise UserError(f"{out}: already exists; give a new folder")
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written: {reason(error)}") from error
+    with new_folder(out) as scratch:
+        run = RunDir(scratch)
+        write_text_atomic(run.config, config.to_yaml())
+        if origin is not None:
+            write_text_atomic(run.origin, origin)
+        tokenizer.save(run.tokenizer)
+        whose = identity(config, tokenizer, None) | {"data": data}
+        state = {"fingerprint": IMPORTED, **whose, "stacks": list(stacks), "run": RunState().to_dict()}
+        CheckpointStore(run.checkpoints).save(0, parts, state)
 
 
 def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None, reporter: Reporter) -> PreparedData:
