@@ -159,7 +159,7 @@ def test_two_budgets_on_the_command_line_are_refused() -> None:
             "the value of training.optimizer.betas: not valid YAML at line 1, column 3: "
             "expected ',' or ']', but got '<stream end>'",
         ),
-        ("data.n_blocks=3", "data.n_blocks: unknown key; known here: source, path, subset, split, text_field, "
+        ("data.n_blocks=3", "data.n_blocks: unknown key; allowed here: source, path, subset, split, text_field, "
          "validation_fraction, validation_split, tokenizer, cache_dir"),
     ],
 )  # fmt: skip
@@ -259,5 +259,5 @@ def test_old_rates_of_masking_become_those_of_the_section_masking() -> None:
 )
 def test_old_keys_of_time_are_refused_with_what_to_write(key: str, instead: str) -> None:
     for training in ({key: 1}, {"progressive": {key: 1}}):
-        with pytest.raises(ConfigError, match=f"{key}: this key is gone; write .*{instead}"):
+        with pytest.raises(ConfigError, match=f"{key}: this key no longer exists; write .*{instead}"):
             migrate({"training": training})

@@ -20,15 +20,15 @@ UNKNOWN_KEYS = [
     ("training: {path: x}", "training.path: unknown key; did you mean data.path or data.tokenizer.path?"),
     (
         "training: {optimizer: {learning_speed: 1}}",
-        "training.optimizer.learning_speed: unknown key; known here: optimizer_type, lr, weight_decay, betas, eps, "
-        "momentum, moments, in_backward",
+        "training.optimizer.learning_speed: unknown key; allowed here: optimizer_type, lr, weight_decay, betas, "
+        "eps, momentum, moments, in_backward",
     ),
     ("data: {tokenizer: {kinds: bpe}}", "data.tokenizer.kinds: unknown key; did you mean data.tokenizer.kind?"),
-    ("zzz: 1", "zzz: unknown key; known here: model, training, data"),
+    ("zzz: 1", "zzz: unknown key; allowed here: model, training, data"),
     ("7: 1", "the config: 7 is not a key; keys are names"),
     (
         "zzz: 1\nmodel: {dropuot: 0.1}",
-        "model.dropuot: unknown key; did you mean model.dropout? (and 1 more)",
+        "model.dropuot: unknown key; did you mean model.dropout? (and 1 more problem)",
     ),
 ]
 WRONG_TYPES = [
@@ -65,11 +65,11 @@ WRONG_TYPES = [
 OUT_OF_RANGE = [
     ("model: {d_model: -5}", "model.d_model: -5 is out of range; must be at least 1"),
     ("model: {dropout: 1}", "model.dropout: 1 is out of range; must be at least 0 and below 1"),
-    ("model: {vocab_size: 0}", "model.vocab_size: 0 is out of range; must be at least 1 or null"),
+    ("model: {vocab_size: 0}", "model.vocab_size: 0 is out of range; must be at least 1, or null"),
     ("model: {rope_theta: 1}", "model.rope_theta: 1 is out of range; must be above 1"),
     ("training: {batch_size: 0}", "training.batch_size: 0 is out of range; must be at least 1"),
     ("training: {seed: -1}", f"training.seed: -1 is out of range; must be at least 0 and below {2**63}"),
-    ("training: {grad_clip: 0.0}", "training.grad_clip: 0.0 is out of range; must be above 0 or null"),
+    ("training: {grad_clip: 0.0}", "training.grad_clip: 0.0 is out of range; must be above 0, or null"),
     ("training: {optimizer: {lr: 0}}", "training.optimizer.lr: 0 is out of range; must be above 0"),
     ("training: {optimizer: {lr: .inf}}", "training.optimizer.lr: inf is out of range; must be a finite number"),
     ("training: {optimizer: {lr: .nan}}", "training.optimizer.lr: nan is out of range; must be a finite number"),
@@ -94,10 +94,11 @@ OUT_OF_RANGE = [
     ),
     (
         "model: {tokenizer_embedding: {family: f, adapter_hidden_dim: 0}}",
-        "model.tokenizer_embedding.adapter_hidden_dim: 0 is out of range; must be at least 1 or null",
+        "model.tokenizer_embedding.adapter_hidden_dim: 0 is out of range; must be at least 1, or null",
     ),
 ]
 IMPOSSIBLE = [
+    ("training: {diffusion: {time_dim: 7}}", "training.diffusion.time_dim: 7 is out of range; must be a multiple of 2"),
     (
         "model: {attention_custom: {mla_rkv: 8}}",
         "model.attention_custom.mla_rkv: 8 is only used when attention_preset is mla_attention, mlgka or custom "
@@ -118,25 +119,26 @@ IMPOSSIBLE = [
     ),
     (
         "model: {attention_preset: mla_attention, attention_custom: {mla_rope_dim: 7}}",
-        "model.attention_custom.mla_rope_dim: 7 is odd; rotary positions need pairs",
+        "model.attention_custom.mla_rope_dim: 7 is odd; rotary positions need an even number",
     ),
     (
         "model: {attention_preset: mla_attention, qk_norm: true}",
-        "model.qk_norm: true goes with full projections; latents have norms of their own",
+        "model.qk_norm: true cannot be combined with latent attention, which has its own norms (attention_preset "
+        "is mla_attention)",
     ),
     (
         "model: {attention_preset: kernel_attention, attention_custom: {kernel_type: linear}}",
-        "model.attention_custom.kernel_type: 'linear' is no kernel, and kernel_attention is named for one; "
-        "allowed: gaussian, laplacian, uniform",
+        "model.attention_custom.kernel_type: 'linear' means attention without a kernel, but kernel_attention "
+        "needs one; allowed: gaussian, laplacian, uniform",
     ),
     (
         "model: {attention_preset: kernel_attention, attention_custom: {kernel_dim: 33}}",
-        "model.attention_custom.kernel_dim: 33 is odd; features come in pairs",
+        "model.attention_custom.kernel_dim: 33 is odd; random features come in pairs, so the number must be even",
     ),
     (
         "model: {attention_preset: custom, attention_custom: {kernel_type: uniform, kernel_meaning: weight}}",
-        "model.attention_custom.kernel_meaning: 'weight' is exact for gaussian and the l2 laplacian; "
-        "not for uniform (l2)",
+        "model.attention_custom.kernel_meaning: 'weight' requires the gaussian kernel, or the laplacian with "
+        "kernel_norm: l2 (kernel_type is uniform, kernel_norm is l2)",
     ),
     (
         "model: {tokenizer_embedding: {adapter_hidden_dim: 8}}",
@@ -148,28 +150,31 @@ IMPOSSIBLE = [
     ),
     (
         "model: {tokenizer_embedding: {family: f}}\ndata: {tokenizer: {kind: bytes}}",
-        "data.tokenizer.kind: 'bytes' does not fit the table of model.tokenizer_embedding.family, which comes with its "
-        "own tokenizer; leave data.tokenizer out",
+        "data.tokenizer.kind: 'bytes' cannot be combined with model.tokenizer_embedding.family, which brings its "
+        "own tokenizer; remove data.tokenizer",
     ),
     ("model: {global_every: 3}", "model.global_every: 3 is only used when window is set (window is null)"),
-    ("model: {norm_bias: true}", "model.norm_bias: true, but RMSNorm has no bias; set norm: layernorm"),
+    (
+        "model: {norm_bias: true}",
+        "model.norm_bias: true requires norm: layernorm, because RMSNorm has no bias (norm is rmsnorm)",
+    ),
     (
         "model: {learned_positions: 64}",
-        "training.seq_len: 256 is longer than the table of learned positions (model.learned_positions: 64)",
+        "training.seq_len: 256 is above the number of learned positions (model.learned_positions is 64)",
     ),
     (
         "model: {architecture: {n_stacks: 3, blocks_per_stack: [2, 1]}}",
-        "model.architecture.blocks_per_stack: has 2 entries for 3 Stacks (n_stacks); give one a Stack",
+        "model.architecture.blocks_per_stack: has 2 entries for 3 Stacks (n_stacks); list one entry for each Stack",
     ),
     (
         "training: {progressive: {building_mode: interleave}}",
-        "training.progressive.building_mode: 'interleave' goes between the Stacks of a Rack that is there "
-        "(model.initial, or train --from); allowed without one: append, prepend",
+        "training.progressive.building_mode: 'interleave' adds Stacks between those of another run; set "
+        "model.initial (train --from RUN), or use append or prepend",
     ),
     ("model: {n_heads: 3}", "model.n_heads: 3 does not divide d_model (128)"),
     (
         "model: {d_model: 15, n_heads: 5}",
-        "model.n_heads: 5 gives heads of odd size 3; rotary positions (use_rope) need an even one",
+        "model.n_heads: 5 gives heads of size 3; rotary positions (use_rope) need an even size",
     ),
     ("model: {n_kv_heads: 3}", "model.n_kv_heads: 3 does not divide n_heads (4)"),
     (
@@ -179,47 +184,48 @@ IMPOSSIBLE = [
     ),
     (
         "model: {attention_preset: bert_style}",
-        "model.attention_preset: 'bert_style' is bidirectional and would see the tokens that clm predicts; "
-        "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
+        "model.attention_preset: 'bert_style' is bidirectional, so attention would see the tokens that clm "
+        "predicts; set gpt_style, or training.progressive.training_objective: mlm or diffusion",
     ),
     (
         "{model: {attention_preset: gpt_style}, training: {progressive: {training_objective: mlm}}}",
-        "model.attention_preset: 'gpt_style' is causal and mlm reads both sides; set bert_style, "
+        "model.attention_preset: 'gpt_style' is causal, but mlm needs bidirectional attention; set bert_style, "
         "or training.progressive.training_objective: clm",
     ),
     (
         "model: {tie_embeddings: true}\ntraining: {progressive: {trunk_strategy: frozen}}",
-        "model.tie_embeddings: true cannot go with training.progressive.trunk_strategy: frozen, since training the "
-        "head would change what the trunk reads; set it to false, or the trunk to trainable",
+        "model.tie_embeddings: true cannot be combined with training.progressive.trunk_strategy: frozen, because "
+        "training the head would change the embedding that the trunk reads; set tie_embeddings: false, or make "
+        "the trunk trainable",
     ),
     (
         "training: {progressive: {trunk_strategy: qlora}}",
-        "training.progressive.trunk_strategy: 'qlora' trains adapters, and there are none; set training.qlora.enabled "
-        "or training.qlora.progressive_enabled to true",
+        "training.progressive.trunk_strategy: 'qlora' trains the trunk's adapters, but adapters are not enabled; "
+        "set training.qlora.enabled or training.qlora.progressive_enabled to true",
     ),
     (
         "training: {progressive: {trunk_precision: nf4}}",
-        "training.progressive.trunk_precision: 'nf4' is of a frozen trunk, but trunk_strategy is trainable; "
-        "set trunk_strategy: frozen or qlora, or trunk_precision: full",
+        "training.progressive.trunk_precision: 'nf4' applies only to a frozen trunk, but trunk_strategy is "
+        "trainable; set trunk_strategy: frozen or qlora, or trunk_precision: full",
     ),
     (
         "training: {progressive: {new_stack_precision: int8}}",
-        "training.progressive.new_stack_precision: 'int8' cannot train; allowed: full, bfloat16, or set "
-        "training.qlora.enabled: true, whose adapters train",
+        "training.progressive.new_stack_precision: 'int8' weights cannot be trained; set full or bfloat16, or "
+        "set training.qlora.enabled: true to train adapters beside them",
     ),
     (
         "training: {progressive: {cache_activations: true}}",
-        "training.progressive.cache_activations: true needs Stacks appended to a frozen trunk: what is cached would "
-        "change with a trunk that trains, or with Stacks that join before it; set trunk_strategy: frozen and "
-        "building_mode: append",
+        "training.progressive.cache_activations: true requires a frozen trunk with Stacks appended to it, "
+        "because otherwise the cached hidden states would change; set trunk_strategy: frozen and building_mode: "
+        "append",
     ),
     (
         "training: {offload: disk}",
-        "training.offload: 'disk' is of frozen Stacks, but trunk_strategy is trainable",
+        "training.offload: 'disk' applies only to frozen Stacks, but trunk_strategy is trainable",
     ),
     (
         "training: {qlora: {enabled: true, strategy: variable, rank_pattern: [2, 3, 5]}}",
-        "training.qlora.rank_pattern: has 3 entries for 4 Stacks; give one a Stack",
+        "training.qlora.rank_pattern: has 3 entries for 4 Stacks; list one entry for each Stack",
     ),
     (
         "training: {qlora: {rank_pattern: increasing}}",
@@ -236,22 +242,23 @@ IMPOSSIBLE = [
     ),
     (
         "training: {optimizer: {in_backward: true}}",
-        "training.optimizer.in_backward: true cannot clip by the norm of all gradients (grad_clip is 1), which is not "
-        "known before the first update; set grad_clip: null",
+        "training.optimizer.in_backward: true cannot be combined with grad_clip (1), because the first update "
+        "comes before the norm of all gradients is known; set grad_clip: null",
     ),
     (
         "training: {optimizer: {optimizer_type: muon}, progressive: {new_stack_precision: bfloat16}}",
-        "training.progressive.new_stack_precision: 'bfloat16' weights are updated by adamw, which rounds at random; "
-        "optimizer_type is muon",
+        "training.progressive.new_stack_precision: 'bfloat16' requires optimizer_type: adamw, which rounds "
+        "stochastically (optimizer_type is muon)",
     ),
-    ("training: {strategy: phases}", "training.phases: must list the phases when strategy is phases"),
+    ("training: {strategy: phases}", "training.phases: must list at least one phase when strategy is phases"),
     (
         "training: {strategy: phases, phases: [{add: 1, sweep: left_to_right}]}",
-        "training.phases[0].sweep: an entry has one of add, trains, sweep, unfreeze; here both add and sweep",
+        "training.phases[0].sweep: an entry must set exactly one of add, trains, sweep, unfreeze; this entry "
+        "sets both add and sweep",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {trains: all, cycles: 2}]}",
-        "training.phases[1].cycles: 2 is only used in an entry with sweep; this one has trains",
+        "training.phases[1].cycles: 2 is only used in an entry with sweep (this entry has trains)",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {sweeep: left_to_right}]}",
@@ -268,7 +275,7 @@ IMPOSSIBLE = [
     ),
     (
         "training: {strategy: phases, phases: [{add: 0}]}",
-        "training.phases[0].add: 0 is out of range; must be at least 1 or null",
+        "training.phases[0].add: 0 is out of range; must be at least 1, or null",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {trains: [0, head]}]}",
@@ -276,7 +283,7 @@ IMPOSSIBLE = [
     ),
     (
         "training: {strategy: phases, phases: [{add: 1, share: 0}]}",
-        "training.phases[0].share: 0 is out of range; must be above 0 and at most 1 or null",
+        "training.phases[0].share: 0 is out of range; must be above 0 and at most 1, or null",
     ),
     (
         "training: {strategy: phases, phases: [{sweep: left_to_right, unit: block, group: 2}]}",
@@ -284,33 +291,34 @@ IMPOSSIBLE = [
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {add: rest, trunk: qlora}]}",
-        "training.phases[1].trunk: 'qlora' trains adapters, and there are none; set training.qlora.enabled "
-        "or training.qlora.progressive_enabled to true",
+        "training.phases[1].trunk: 'qlora' trains the trunk's adapters, but adapters are not enabled; set "
+        "training.qlora.enabled or training.qlora.progressive_enabled to true",
     ),
     (
         "training: {strategy: phases, phases: [{add: 1}, {add: 1, trunk: frozen}, {add: 1, precision: nf4}]}",
-        "training.phases[2].precision: 'nf4' is of a frozen trunk, but the trunk is trainable; set trunk: frozen or "
-        "qlora, or precision: full",
+        "training.phases[2].precision: 'nf4' applies only to a frozen trunk, but this entry's trunk is "
+        "trainable; set trunk: frozen or qlora, or precision: full",
     ),
     (
         "model: {tie_embeddings: true}\ntraining: {strategy: phases, phases: [{add: 1}, {add: 1, trunk: frozen}]}",
-        "model.tie_embeddings: true cannot go with training.phases[1].trunk: frozen, since training the "
-        "head would change what the trunk reads; set it to false, or the trunk to trainable",
+        "model.tie_embeddings: true cannot be combined with training.phases[1].trunk: frozen, because training "
+        "the head would change the embedding that the trunk reads; set tie_embeddings: false, or make the trunk "
+        "trainable",
     ),
     (
         "training: {strategy: phases, progressive: {cache_activations: true, trunk_strategy: frozen}, "
         "phases: [{add: rest}, {trains: all}]}",
-        "training.progressive.cache_activations: true needs Stacks appended to a frozen trunk: what is cached would "
-        "change with a trunk that trains, or with Stacks that join before it; set trunk_strategy: frozen and "
-        "building_mode: append",
+        "training.progressive.cache_activations: true requires a frozen trunk with Stacks appended to it, "
+        "because otherwise the cached hidden states would change; set trunk_strategy: frozen and building_mode: "
+        "append",
     ),
     (
         "training: {strategy: end_to_end, offload: host}",
-        "training.offload: 'host' is of frozen Stacks, and no phase freezes any",
+        "training.offload: 'host' applies only to frozen Stacks, but no phase freezes any",
     ),
     (
         "training: {strategy: phases, offload: host, phases: [{add: rest}, {trains: all}]}",
-        "training.offload: 'host' is of frozen Stacks, and no phase freezes any",
+        "training.offload: 'host' applies only to frozen Stacks, but no phase freezes any",
     ),
     (
         "training: {qlora: {rank_pattern: increasng}}",
@@ -328,19 +336,19 @@ IMPOSSIBLE = [
     ("training: {batch_size: 6, micro_batch_size: 4}", "training.micro_batch_size: 4 does not divide batch_size (6)"),
     (
         "training: {masking: {mask_share: 0.9, random_share: 0.2}}",
-        "training.masking.random_share: 0.2 plus mask_share (0.9) is above 1",
+        "training.masking.random_share: 0.2 and mask_share (0.9) sum to more than 1",
     ),
     (
         "training: {progressive: {phase_fractions: [0.5, 0.5]}}",
-        "training.progressive.phase_fractions: has 2 entries for 4 Stacks; give one a Stack",
+        "training.progressive.phase_fractions: has 2 entries for 4 Stacks; list one entry for each Stack",
     ),
     (
         "training: {progressive: {target_stacks: 2, phase_fractions: [0.5, 0.4], joint_fraction: 0.2}}",
-        "training.progressive.phase_fractions: and joint_fraction add up to 1.1, not 1",
+        "training.progressive.phase_fractions: [0.5, 0.4] and joint_fraction (0.2) sum to 1.1; the sum must be 1",
     ),
     (
         "training: {progressive: {new_stack_init: random, optimizer_state: copy}}",
-        "training.progressive.optimizer_state: 'copy' needs new_stack_init: copy (it is random)",
+        "training.progressive.optimizer_state: 'copy' requires new_stack_init: copy (new_stack_init is random)",
     ),
     ("data: {source: files}", "data.path: must be set when source is files"),
     (
@@ -349,7 +357,7 @@ IMPOSSIBLE = [
     ),
     (
         "data: {source: huggingface, path: [a, b]}",
-        "data.path: ['a', 'b'] must be one data set name when source is huggingface",
+        "data.path: ['a', 'b'] must be the name of one data set when source is huggingface",
     ),
     (
         "data: {tokenizer: {kind: pretrained}}",
@@ -367,14 +375,17 @@ BAD_YAML = [
         "line 3: the key 'd_model' is written twice in one section; keep one",
     ),
     ("? [model]\n: 3", "line 1: a key must be a name, not a list or a mapping"),
-    ("a: &a {b: *a}", "line 1: *a stands inside what it stands for"),
+    ("a: &a {b: *a}", "line 1: the alias *a stands inside the value that it repeats"),
     ("a: \x00", 'not valid YAML: unacceptable character #x0000: special characters are not allowed in '
      '"<unicode string>", position 3'),
     ("[" * 2000, "line 1: nested too deeply (more than 32 levels)"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "message"), UNKNOWN_KEYS + WRONG_TYPES + OUT_OF_RANGE + IMPOSSIBLE + BAD_YAML)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    UNKNOWN_KEYS + WRONG_TYPES + OUT_OF_RANGE + IMPOSSIBLE + BAD_YAML,
+)
 def test_a_wrong_file_is_answered_by_one_exact_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text, encoding="utf-8")
@@ -448,7 +459,7 @@ def test_what_a_first_entry_says_of_a_trunk_is_of_none() -> None:
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "c.yaml")
-    with pytest.raises(ConfigError, match=r"c\.yaml: a named pipe, which would be waited for; give a file$"):
+    with pytest.raises(ConfigError, match=r"c\.yaml: is a named pipe; give a regular file$"):
         StackWiseConfig.from_yaml(tmp_path / "c.yaml")
 
 

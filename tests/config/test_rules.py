@@ -181,7 +181,7 @@ def test_a_key_of_a_phase_is_refused_in_an_entry_of_another_kind(setting, shown,
     key, kind, there = setting.partition(":")[0], own.partition(":")[0], other.partition(":")[0]
     with pytest.raises(ConfigError) as refused:
         read(other)
-    expected = f"{shown} is only used in an entry with {kind}; this one has {there}"
+    expected = f"{shown} is only used in an entry with {kind} (this entry has {there})"
     assert str(refused.value) == f"training.phases[1].{key}: {expected}"
     assert getattr(read(own).training.phases[1], key) is not None
 
@@ -189,7 +189,7 @@ def test_a_key_of_a_phase_is_refused_in_an_entry_of_another_kind(setting, shown,
 @pytest.mark.parametrize("setting", ["weighting=exact_counts", "weight_power=0.5"])
 def test_stacks_with_one_rate_each_have_no_weighting(setting):
     key, _, value = setting.partition("=")
-    with pytest.raises(ConfigError, match=rf"{key}: .*{value}.* is not used when depth_variant is prefix"):
+    with pytest.raises(ConfigError, match=rf"{key}: .*{value}.* has no effect when depth_variant is prefix"):
         StackWiseConfig.from_dict({}, [*PREFIX, f"training.diffusion.{setting}"])
     StackWiseConfig.from_dict({}, [*PREFIX[:2], f"training.diffusion.{setting}"])
 

@@ -554,7 +554,7 @@ def test_a_builder_starts_from_the_familys_table(tmp_path: Path, settings: Path,
         ),
         (
             ["data.tokenizer.kind=bytes"],
-            "data.tokenizer.kind: 'bytes' does not fit the table of model.tokenizer_embedding.family, *",
+            "data.tokenizer.kind: 'bytes' cannot be combined with model.tokenizer_embedding.family, *",
         ),
         (
             ["data.tokenizer.kind=pretrained", "data.tokenizer.path=other/tokenizer.json"],

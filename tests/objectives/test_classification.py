@@ -160,7 +160,7 @@ def test_what_cannot_be_classified_is_refused(tmp_path, capsys):
         objective().logits(create_simple_rack(1, 1, 26, 19, 13, 2), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="is only used when the objective is classification"):
         config("training.progressive.training_objective=clm")
-    with pytest.raises(ConfigError, match="cache_activations: true needs batches of a token store"):
+    with pytest.raises(ConfigError, match="cache_activations: true requires batches from a token store"):
         config("training.strategy=progressive", "training.progressive.trunk_strategy=frozen",
                "training.progressive.cache_activations=true")  # fmt: skip
     loader = ProgressiveDataLoader(np.zeros(100, dtype=np.int64), config())

@@ -266,7 +266,7 @@ def test_training_may_weigh_the_rates_otherwise_and_the_score_stays_the_bound(we
 
 
 def test_one_pass_has_one_rate_a_stack_and_no_weights_of_rates():
-    with pytest.raises(ConfigError, match=r"weight_power: 0\.5 is not used when depth_variant is prefix"):
+    with pytest.raises(ConfigError, match=r"weight_power: 0\.5 has no effect when depth_variant is prefix"):
         config(time="depth", depth_variant="prefix", weight_power=0.5)
 
 
@@ -359,6 +359,6 @@ def test_training_and_sampling_tell_the_rack_the_same_masked_share(monkeypatch, 
 
 
 def test_levels_that_stop_above_zero_are_refused():
-    with pytest.raises(ValueError, match=r"must fall from 1 to 0 in 3 steps"):
+    with pytest.raises(ValueError, match=r"must be 4 rates that fall from 1 to 0"):
         config(time="depth", levels=[1.0, 0.5, 0.3, 0.15])
     assert DiffusionConfig().levels == "linear"

@@ -235,7 +235,7 @@ def test_each_new_stack_has_its_rate_and_the_joint_phase_that_of_all(mode):
     ("override", "message"),
     [
         ("training.masking.stack_rates=[0.5, 0.1]", "has 2 entries for 3 Stacks"),
-        ("training.masking.max_rate=0.9", "stack_rates: .* are both set"),
+        ("training.masking.max_rate=0.9", "stack_rates: .* are both set; keep one"),
         ("training.strategy=end_to_end", "is only used when strategy is progressive"),
         ("training.progressive.training_objective=clm", "is only used when the objective is mlm"),
         ("training.masking.stack_rates=[0.5, 0.1, 1.5]", "stack_rates.*out of range"),
@@ -248,5 +248,5 @@ def test_rates_of_stacks_that_nothing_reads_are_refused(override, message):
 
 def test_rates_of_stacks_do_not_go_with_a_cache():
     overrides = ["training.progressive.trunk_strategy=frozen", "training.progressive.cache_activations=true"]
-    with pytest.raises(ConfigError, match="cannot go with cache_activations: each phase has masks of its own"):
+    with pytest.raises(ConfigError, match="cannot be combined with cache_activations: true; remove stack_rates"):
         StackWiseConfig.from_dict(MLM, ["training.progressive.joint_fraction=0", *overrides])

@@ -33,12 +33,12 @@ SMALL = {
     ],
 )
 def test_a_size_beyond_any_machine_names_what_is_allowed(setting: str, allowed: str) -> None:
-    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .* out of range; must be {allowed}( or null)?$"):
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .* out of range; must be {allowed}(, or null)?$"):
         StackWiseConfig.from_dict(SMALL, [setting])
 
 
 def test_the_blocks_of_all_stacks_have_a_limit() -> None:
-    with pytest.raises(UserError, match=r"blocks_per_stack: makes 10,001 Blocks in all; allowed: at most 10,000"):
+    with pytest.raises(UserError, match=r"blocks_per_stack: gives 10,001 Blocks in total; allowed: at most 10,000"):
         StackWiseConfig.from_dict(SMALL, ["model.architecture.blocks_per_stack=[5000, 5001]"])
 
 

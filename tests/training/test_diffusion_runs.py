@@ -195,24 +195,24 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
     "overrides, message",
     [
         ([DEPTH, "training.batch_size=2"], r"training\.batch_size: 2 leaves a Stack without a sequence"),
-        ([DEPTH, "training.diffusion.levels=[1.0, 0.4, 0.2, 0.15]"], r"must fall from 1 to 0 in 3 steps"),
+        ([DEPTH, "training.diffusion.levels=[1.0, 0.4, 0.2, 0.15]"], r"must be 4 rates that fall from 1 to 0"),
         (
             [DEPTH, *FROZEN, "training.diffusion.depth_variant=suffix"],
-            r"depth_variant suffix grows by prepend",
+            r"cannot be combined with depth_variant: suffix; allowed: prepend",
         ),
         (["training.diffusion.block_length=5"], r"5 does not divide seq_len \(16\)"),
         (
             ["training.diffusion.depth_variant=prefix"],
             r"'prefix' is only used when training.progressive.time_int",
         ),
-        ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be given"),
+        ([DEPTH, "training.diffusion.levels=equal_difficulty"], r"difficulty: must be set when"),
         (
             [DEPTH, "training.diffusion={levels: equal_difficulty, difficulty: [[0.2, 1.0], [0.2, 2.0]]}"],
-            r"difficulty: \[\[0.2, 1.0\], \[0.2, 2.0\]\] must be pairs of different rates",
+            r"difficulty: \[\[0.2, 1.0\], \[0.2, 2.0\]\] must be pairs \[rate, cross-entropy\]: different rates",
         ),
         (
             [*KINDS["prefix"], "training.diffusion.weighting=exact_counts"],
-            r"weighting: 'exact_counts' is not used when",
+            r"weighting: 'exact_counts' has no effect when",
         ),
         (
             [*KINDS["exact counts"], "training.diffusion.min_rate=0.1"],
@@ -226,7 +226,7 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
             ["training.progressive.training_objective=mlm", "training.evaluation.draws=2"],
             r"draws: 2 is only used when the objective is diffusion",
         ),
-        (["model.attention_preset=gpt_style"], r"causal and diffusion reads both sides"),
+        (["model.attention_preset=gpt_style"], r"causal, but diffusion needs bidirectional attention"),
         (["training.diffusion.weighting=exact"], r"weighting: 'exact' is not allowed.*exact_counts"),
     ],
 )

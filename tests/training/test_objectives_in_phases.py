@@ -158,9 +158,13 @@ def test_the_plan_runs_every_phase_with_its_objective(folder, tmp_path):
 @pytest.mark.parametrize(
     ("objectives", "override", "message"),
     [
-        (("mlm", "clm"), "model.attention_preset=bert_style", "is bidirectional and would see the tokens that clm"),
-        (("clm", "mlm"), "model.attention_preset=gpt_style", "is causal and mlm reads both sides"),
-        (("mlm", "diffusion"), "training.progressive.time_interpretation=input", "some train mlm"),
+        (
+            ("mlm", "clm"),
+            "model.attention_preset=bert_style",
+            "is bidirectional, so attention would see the tokens that clm",
+        ),
+        (("clm", "mlm"), "model.attention_preset=gpt_style", "is causal, but mlm needs bidirectional attention"),
+        (("mlm", "diffusion"), "training.progressive.time_interpretation=input", "some phases train mlm"),
         (
             ("mlm", "clm"),
             "training.progressive.time_interpretation=input",
@@ -176,7 +180,7 @@ def test_what_does_not_go_together_is_refused(folder, objectives, override, mess
 
 def test_a_cache_holds_the_inputs_of_one_objective(folder):
     phases = [{"add": 1, "objective": "mlm"}, {"add": 1, "trunk": "frozen"}]
-    with pytest.raises(ConfigError, match="cache_activations: true keeps the inputs of one objective"):
+    with pytest.raises(ConfigError, match="cache_activations: true requires one objective in all phases"):
         config(
             folder, ("mlm", "clm"), f"training.phases={phases}".replace("'", '"'),
             "training.progressive.cache_activations=true",

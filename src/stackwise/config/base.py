@@ -99,7 +99,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.is_fifo() and not path.is_relative_to("/dev"):  # the shell's <(…) is below /dev
-            raise ConfigError(f"{path}: a named pipe, which would be waited for; give a file")
+            raise ConfigError(f"{path}: is a named pipe; give a regular file")
         with open(path, "rb") as file:
             content = file.read(yaml_io.MAX_BYTES + 1)  # one more than parse takes
         text = content.decode("utf-8", "replace" if len(content) > yaml_io.MAX_BYTES else "strict")

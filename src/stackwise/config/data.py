@@ -11,7 +11,7 @@ from stackwise.config.section import Section, Size, as_tuple, conflict
 
 class TokenizerConfig(Section):
     kind: Literal["bytes", "characters", "bpe", "pretrained"] = Field(
-        "bpe", description="bytes; characters; bpe (trained on the corpus); pretrained (from path)"
+        "bpe", description="bytes; characters; bpe (trained on the corpus); pretrained (read from path)"
     )
     vocab_size: Annotated[Size, Field(ge=260)] = Field(4096, description="bpe: size of the trained vocabulary")
     path: str | None = Field(
@@ -28,13 +28,16 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     source: Literal["python-stdlib", "files", "huggingface"] = Field(
         "python-stdlib",
-        description="python-stdlib: the library sources on this machine; files: path; huggingface: a data set",
+        description="python-stdlib: the library sources on this machine; files: local files (path); huggingface: a "
+        "data set (path)",
     )
     path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
-        None, description="files: a file, folder, glob or list (text, .jsonl, .parquet); huggingface: its name"
+        None,
+        description="files: a file, folder, glob or list (text, .jsonl, .parquet); huggingface: the name of the data "
+        "set",
     )
-    subset: str | None = Field(None, description="huggingface: the configuration of the data set")
-    split: str = Field("train", description="huggingface: the split to read")
+    subset: str | None = Field(None, description="huggingface: configuration of the data set")
+    split: str = Field("train", description="huggingface: split to read")
     text_field: str = Field("text", description="Field of .jsonl and .parquet records that holds the text")
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="Share of the text kept for validation"
@@ -46,7 +49,7 @@ class DataConfig(Section):
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
     cache_dir: str | None = Field(
-        None, description="Where token stores are kept; null: $STACKWISE_CACHE, else ~/.cache/stackwise"
+        None, description="Folder of token stores; null: $STACKWISE_CACHE, else ~/.cache/stackwise"
     )
 
     @model_validator(mode="after")
@@ -54,5 +57,7 @@ class DataConfig(Section):
         if self.source != "python-stdlib" and not self.path:
             raise conflict("path", f"must be set when source is {self.source}")
         if self.source == "huggingface" and not isinstance(self.path, str):
-            raise conflict("path", f"{list(self.path or ())!r} must be one data set name when source is huggingface")
+            raise conflict(
+                "path", f"{list(self.path or ())!r} must be the name of one data set when source is huggingface"
+            )
         return self

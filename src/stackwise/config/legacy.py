@@ -77,14 +77,16 @@ def _old_masking(data: dict[str, Any]) -> list[str]:
             continue
         for key, instead in _GONE.items():
             if key in section:
-                raise ConfigError(f"{where}.{key}: this key is gone; write {instead}")
+                raise ConfigError(f"{where}.{key}: this key no longer exists; write {instead}")
         for key, name in _RENAMED.items():
             if key not in section:
                 continue
             masking = training.setdefault("masking", {})
             value = section.pop(key)
             if not isinstance(masking, dict) or masking.get(name, value) != value:
-                raise ConfigError(f"{where}.{key}: {value!r} contradicts training.masking.{name}; keep that one")
+                raise ConfigError(
+                    f"{where}.{key}: {value!r} contradicts training.masking.{name}; keep training.masking.{name}"
+                )
             masking[name] = value
             notes.append(f"{where}.{key} is deprecated; write training.masking: {{{name}: {value}}}")
     return notes

@@ -76,7 +76,7 @@ def unknown_key(schema: type[Section], path: tuple[str, ...]) -> str:
     )
     if suggested:
         return f"{dotted}: unknown key; did you mean {' or '.join(suggested)}?"
-    return f"{dotted}: unknown key; known here: {', '.join(section.model_fields)}"
+    return f"{dotted}: unknown key; allowed here: {', '.join(section.model_fields)}"
 
 
 def takes_text(annotation: Any) -> bool:
@@ -224,8 +224,10 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
         elif kind == "none_required":
             message = f"{dotted}: {show(value)} is not allowed; allowed: null{_reason(field)}"
         elif kind in _OUT_OF_RANGE and field is not None:
-            null = "" if positions else _or_null(field)
+            null = "," + _or_null(field) if not positions and _or_null(field) else ""
             message = f"{dotted}: {show(value)} is out of range; must be {_range(field, kind)}{null}"
+        elif kind == "multiple_of":
+            message = f"{dotted}: {show(value)} is out of range; must be a multiple of {context['multiple_of']}"
         elif kind == "finite_number":
             message = f"{dotted}: {show(value)} is out of range; must be a finite number"
         elif kind in _COUNTS:
@@ -236,5 +238,6 @@ def explain(error: ValidationError, schema: type[Section]) -> str:
     # Of a union, the branch that got further into the value says more.
     lines = [message for key, message in problems.items() if not any(other.startswith(f"{key}[") for other in problems)]
     at_least = "at least " if error.error_count() > _MOST else ""
-    more = f" (and {at_least}{len(lines) - 1} more)" if len(lines) > 1 else ""
+    others = len(lines) - 1
+    more = f" (and {at_least}{others} more problem{'s' if others > 1 else ''})" if others else ""
     return lines[0] + more

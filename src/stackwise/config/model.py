@@ -16,9 +16,9 @@ DEFAULT_KERNEL_DIM = 64
 
 
 class ArchitectureConfig(Section):
-    n_stacks: Stacks = Field(4, description="Stacks of the whole Rack")
+    n_stacks: Stacks = Field(4, description="Number of Stacks in the whole Rack")
     blocks_per_stack: Annotated[Blocks | tuple[Blocks, ...], BeforeValidator(as_tuple)] = Field(
-        2, description="Blocks (transformer layers) in each Stack, or a list: one number for each Stack's id"
+        2, description="Blocks (transformer layers) in each Stack, or a list with one number for each Stack id"
     )
 
     @model_validator(mode="after")
@@ -26,10 +26,11 @@ class ArchitectureConfig(Section):
         if isinstance(self.blocks_per_stack, tuple) and len(self.blocks_per_stack) < self.n_stacks:
             raise conflict(
                 "blocks_per_stack",
-                f"has {len(self.blocks_per_stack)} entries for {self.n_stacks} Stacks (n_stacks); give one a Stack",
+                f"has {len(self.blocks_per_stack)} entries for {self.n_stacks} Stacks (n_stacks); "
+                "list one entry for each Stack",
             )
         if (total := self.blocks_before(self.n_stacks)) > MAX_BLOCKS:
-            raise conflict("blocks_per_stack", f"makes {total:,} Blocks in all; allowed: at most {MAX_BLOCKS:,}")
+            raise conflict("blocks_per_stack", f"gives {total:,} Blocks in total; allowed: at most {MAX_BLOCKS:,}")
         return self
 
     def blocks_of(self, stack_id: int) -> int:
@@ -55,65 +56,73 @@ class AttentionCustomConfig(Section):
     """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
 
     attention_type: Literal["mha", "mla"] = Field(
-        "mha", description="custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
+        "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
     )
     attention_mode: Literal["causal", "bidirectional"] | None = Field(
-        None, description="custom: null: causal for clm, bidirectional for mlm"
+        None, description="preset custom: direction of attention; null: the objective's"
     )
     mla_rq: Size | None = Field(
-        None, description="Rank of latent queries; null: d_model / 4 (custom and shared latents: queries are full)"
+        None,
+        description="Rank of latent queries; null: d_model / 4, or full queries for preset custom with shared latents",
     )
     mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
     mla_latents: Literal["shared", "separate"] | None = Field(
         None,
-        description="shared: one latent for keys and values and a rotary key beside it (DeepSeek-V3); "
-        "separate: a factor for each of q, k, v; null: shared, for mlgka separate",
+        description="shared: one latent for keys and values, plus a rotary key (DeepSeek-V3); separate: a low-rank "
+        "factor for each of q, k and v; null: separate for mlgka, else shared",
     )
     mla_rope_dim: Size | None = Field(
-        None, description="Rotary dimensions beside each head of shared latents; null: half the head size"
+        None, description="Rotary dimensions of each head with shared latents; null: half the head size"
     )
-    mla_v_head_dim: Size | None = Field(None, description="Size of a value head of shared latents; null: the head size")
+    mla_v_head_dim: Size | None = Field(
+        None, description="Size of each value head with shared latents; null: the head size"
+    )
     kernel_type: Literal["linear", "gaussian", "laplacian", "uniform"] | None = Field(
-        None, description="Kernel of queries and keys; null: kernel_attention gaussian, mlgka laplacian, custom linear"
+        None,
+        description="Kernel between queries and keys; null: gaussian for kernel_attention, laplacian for mlgka, linear "
+        "for custom",
     )
     kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
-        None, description="Random features of kernels as logits, an even number; null: 64"
+        None, description="kernel_meaning logit: number of random features, even; null: 64"
     )
     kernel_meaning: Literal["logit", "weight"] = Field(
-        "logit", description="logit: softmax over the kernel; weight: the kernel itself, normalised (exact)"
+        "logit",
+        description="logit: softmax over the kernel's values; weight: those values themselves, normalised (exact)",
     )
     kernel_norm: Literal["l2", "l1"] = Field(
-        "l2", description="Distance of the laplacian; l1 is not a function of relative positions after rotary ones"
+        "l2",
+        description="Distance in the laplacian kernel; with rotary positions, l1 depends on more than relative "
+        "positions",
     )
     kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Bandwidth s of the kernel; null: from the head size"
+        None, description="Bandwidth s of the kernel; null: derived from the head size"
     )
-    learned_temperature: bool = Field(False, description="Kernels as logits: each head's temperature trains")
+    learned_temperature: bool = Field(False, description="kernel_meaning logit: learn a temperature for each head")
 
 
 class TokenizerEmbeddingConfig(Section):
     family: str | None = Field(
         None,
-        description="A Hugging Face model, a folder or a name on the hub, whose token table and tokenizer are taken; "
-        "null: none",
+        description="Hugging Face model (a folder or a name on the hub) that provides the token embedding and the "
+        "tokenizer; null: none",
     )
     embedding_option: Literal["embed_tokens", "lm_head"] | None = Field(
-        None, description="The matrix of family to take: its input's or its head's; null: embed_tokens"
+        None, description="Matrix taken from family: its input embedding or its head; null: embed_tokens"
     )
     freeze_embeddings: bool = Field(False, description="Keep the token embedding at its initial values")
     adapter_hidden_dim: Size | None = Field(
         None,
-        description="Hidden width of the adapter from family's table to d_model; null: d_model, and no adapter where "
-        "the table has that width",
+        description="Hidden width of the adapter from family's embedding to d_model; null: d_model, or no adapter when "
+        "the widths are equal",
     )
-    embedding_dim: Size | None = Field(None, description="Width of family's table; null: read there")
+    embedding_dim: Size | None = Field(None, description="Width of family's embedding; null: read from that model")
 
 
 class ModelConfig(Section):
     initial: str | None = Field(
-        None, description="A run whose Rack is there before the first phase (train --from sets it); null: none"
+        None, description="Run whose Rack the first phase starts from (set by train --from); null: none"
     )
-    vocab_size: Size | None = Field(None, description="null: the tokenizer's")
+    vocab_size: Size | None = Field(None, description="Number of tokens; null: the tokenizer's")
     d_model: Size = Field(128, description="Width of the hidden state")
     n_heads: Size = Field(4, description="Query heads; must divide d_model, unless head_dim is set")
     n_kv_heads: Size | None = Field(
@@ -121,47 +130,52 @@ class ModelConfig(Section):
     )
     head_dim: Size | None = Field(None, description="Size of a head; null: d_model / n_heads")
     d_ff: Size | None = Field(
-        None, description="Width of the feed-forward; null: 8/3 d_model (gelu: 4 d_model), rounded up to 32"
+        None,
+        description="Width of the feed-forward layer; null: 8/3 d_model (gelu: 4 d_model), rounded up to a multiple of "
+        "32",
     )
     architecture: ArchitectureConfig = ArchitectureConfig()
     attention_preset: AttentionPreset | None = Field(
         None,
-        description="null: full attention in the direction that the objective needs; gpt_style: causal; bert_style: "
-        "bidirectional; the others in the objective's direction too: efficient_gqa: shared key/value heads; "
-        "mla_attention: latent (DeepSeek-V3); kernel_attention: a kernel as logit; mlgka: latent, grouped and kernel; "
-        "custom: see attention_custom",
+        description="null: full attention in the objective's direction; gpt_style: causal; bert_style: bidirectional; "
+        "the others follow the objective's direction: efficient_gqa: shared key/value heads; mla_attention: latent "
+        "(DeepSeek-V3); kernel_attention: a kernel as logit; mlgka: latent, grouped, with a kernel; custom: see "
+        "attention_custom",
     )
     attention_custom: AttentionCustomConfig = AttentionCustomConfig()
     qk_norm: bool = Field(False, description="RMSNorm over each head's queries and keys (Qwen3)")
     window: Annotated[Size, Field(ge=2)] | None = Field(
-        None, description="Local attention: tokens in a window (bidirectional: half to each side); null: all tokens"
+        None, description="Local attention: tokens in a window (bidirectional: half on each side); null: all tokens"
     )
     global_every: PositiveInt | None = Field(
-        None, description="With window: every so many Blocks, from the first on, see all tokens; null: none does"
+        None,
+        description="With window: every global_every-th Block, starting with the first, sees all tokens; null: no "
+        "Block does",
     )
     local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
-        None, description="Base of the rotary frequencies of local Blocks; null: rope_theta"
+        None, description="With window: base of the rotary frequencies in local Blocks; null: rope_theta"
     )
     use_rope: bool = Field(True, description="Rotary positions on queries and keys")
     rope_theta: Annotated[float, Field(gt=1.0)] = Field(10000.0, description="Base of the rotary frequencies")
     learned_positions: Size | None = Field(
-        None, description="Rows of a learned table of positions, the longest sequence; null: no table"
+        None, description="Rows in a table of learned positions, the longest seq_len; null: no table"
     )
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="rmsnorm or layernorm, everywhere")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Norm of all layers: rmsnorm or layernorm")
     norm_eps: Annotated[float, Field(gt=0.0)] = Field(1e-5, description="Epsilon of the norms")
-    norm_bias: bool | None = Field(None, description="LayerNorms have biases; null: as bias says")
+    norm_bias: bool | None = Field(None, description="Biases in LayerNorms; null: the same as bias")
     embedding_norm: bool = Field(False, description="A norm after the embedding (BERT)")
     first_attention_norm: bool = Field(
-        True, description="false: attention of the very first Block reads its input without a norm (ModernBERT)"
+        True, description="false: no norm before the attention of the first Block (ModernBERT)"
     )
     ffn: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = Field(
-        "swiglu", description="swiglu, geglu: gated; gelu: two matrices; gelu_tanh: with GPT-2's approximation"
+        "swiglu",
+        description="swiglu, geglu: gated; gelu: two matrices, no gate; gelu_tanh: gelu with GPT-2's approximation",
     )
-    bias: bool = Field(False, description="Linear layers have biases")
+    bias: bool = Field(False, description="Biases in linear layers")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="After the embedding, in attention and after each residual branch"
+        0.0, description="Dropout rate after the embedding, in attention and after each residual branch"
     )
-    tie_embeddings: bool = Field(False, description="Head shares the embedding's matrix (not with a frozen trunk)")
+    tie_embeddings: bool = Field(False, description="The head shares the embedding's matrix (not with a frozen trunk)")
     mlm_head: bool = Field(False, description="Dense, GELU and norm before the head, and a bias on its logits (BERT)")
     freeze_up_proj: bool = Field(False, description="Keep the feed-forward's up-projections at their initial values")
     tokenizer_embedding: TokenizerEmbeddingConfig = TokenizerEmbeddingConfig()
@@ -173,8 +187,8 @@ class ModelConfig(Section):
         if self.use_rope and self.head_size % 2 and not self._has_shared_latent:
             raise conflict(
                 "n_heads" if self.head_dim is None else "head_dim",
-                f"{self.n_heads if self.head_dim is None else self.head_dim} gives heads of odd size {self.head_size}; "
-                "rotary positions (use_rope) need an even one",
+                f"{self.n_heads if self.head_dim is None else self.head_dim} gives heads of size {self.head_size}; "
+                "rotary positions (use_rope) need an even size",
             )
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise conflict("n_kv_heads", f"{self.n_kv_heads} does not divide n_heads ({self.n_heads})")
@@ -186,18 +200,23 @@ class ModelConfig(Section):
             )
         if self._has_shared_latent and self.use_rope and self.shared_rope_dim % 2:
             raise conflict(
-                "attention_custom.mla_rope_dim", f"{self.shared_rope_dim} is odd; rotary positions need pairs"
+                "attention_custom.mla_rope_dim", f"{self.shared_rope_dim} is odd; rotary positions need an even number"
             )
         if self._has_shared_latent and self.use_rope and self.shared_rope_dim < 2:
             raise conflict(
                 "attention_custom.mla_rope_dim",
-                f"null gives {self.shared_rope_dim} for heads of size {self.head_size}; set it",
+                f"null gives {self.shared_rope_dim} rotary dimensions for heads of size {self.head_size}; "
+                "set an even number",
             )
         if self.qk_norm and self.latents is not None:
-            raise conflict("qk_norm", "true goes with full projections; latents have norms of their own")
+            raise conflict(
+                "qk_norm",
+                f"true cannot be combined with latent attention, which has its own norms "
+                f"(attention_preset is {self.attention_preset})",
+            )
         self._check_kernel()
         if self.norm_bias and self.norm == "rmsnorm":
-            raise conflict("norm_bias", "true, but RMSNorm has no bias; set norm: layernorm")
+            raise conflict("norm_bias", "true requires norm: layernorm, because RMSNorm has no bias (norm is rmsnorm)")
         return self
 
     def _check_kernel(self) -> None:
@@ -205,19 +224,25 @@ class ModelConfig(Section):
         if kernel == "linear" and self.attention_preset in ("kernel_attention", "mlgka"):
             raise conflict(
                 "attention_custom.kernel_type",
-                f"'linear' is no kernel, and {self.attention_preset} is named for one; "
+                f"'linear' means attention without a kernel, but {self.attention_preset} needs one; "
                 "allowed: gaussian, laplacian, uniform",
             )
         if custom.kernel_dim is not None and custom.kernel_dim % 2:
-            raise conflict("attention_custom.kernel_dim", f"{custom.kernel_dim} is odd; features come in pairs")
+            raise conflict(
+                "attention_custom.kernel_dim",
+                f"{custom.kernel_dim} is odd; random features come in pairs, so the number must be even",
+            )
         if custom.kernel_meaning == "weight" and kernel != "linear":
             if kernel == "uniform" or custom.kernel_norm == "l1":
                 raise conflict(
                     "attention_custom.kernel_meaning",
-                    f"'weight' is exact for gaussian and the l2 laplacian; not for {kernel} ({custom.kernel_norm})",
+                    f"'weight' requires the gaussian kernel, or the laplacian with kernel_norm: l2 (kernel_type is "
+                    f"{kernel}, kernel_norm is {custom.kernel_norm})",
                 )
             if kernel == "laplacian" and self.dropout:
-                raise conflict("dropout", f"{self.dropout} cannot drop weights of the laplacian; set it to 0")
+                raise conflict(
+                    "dropout", f"{self.dropout} cannot be combined with the laplacian kernel as weight; set dropout: 0"
+                )
 
     @property
     def kv_heads(self) -> int:

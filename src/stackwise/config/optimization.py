@@ -11,11 +11,11 @@ from stackwise.config.section import Fraction, Section, as_tuple
 
 class OptimizerConfig(Section):
     optimizer_type: Literal["adamw", "muon", "sgd"] = Field(
-        "adamw", description="adamw; muon: on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
+        "adamw", description="adamw; muon: Muon on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="Peak learning rate")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        0.1, description="Decay of matrices (adamw, muon: decoupled); vectors are not decayed"
+        0.1, description="Weight decay of matrices (adamw, muon: decoupled); vectors are not decayed"
     )
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]],
@@ -23,15 +23,15 @@ class OptimizerConfig(Section):
     ] = Field((0.9, 0.95), description="AdamW: decay rates of the two moments")
     eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="AdamW: added to the root of the second moment")
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
-        None, description="muon, sgd: null: 0.95 for muon, 0.9 for sgd"
+        None, description="muon, sgd: momentum; null: 0.95 for muon, 0.9 for sgd"
     )
     moments: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="AdamW: storage of the two moments: 8, 4 or 2 bytes a weight"
+        "float32", description="AdamW: storage of the two moments: 8, 4 or 2 bytes for each weight"
     )
     in_backward: bool = Field(
         False,
-        description="Update each parameter inside the backward pass, so that gradients never exist all at once (with "
-        "micro-batches they still add up); needs grad_clip: null",
+        description="Update each parameter inside the backward pass, so that gradients never exist all at once "
+        "(micro-batches still accumulate); needs grad_clip: null",
     )
 
 

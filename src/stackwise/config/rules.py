@@ -34,8 +34,8 @@ _LATENT = ("mla_attention", "mlgka", "custom")
 _KERNEL = ("kernel_attention", "mlgka", "custom")
 _KERNELS = ("gaussian", "laplacian", "uniform")
 _MLA = "is only used when attention_type is mla (attention_type is mha)"
-_ENTRY = "is only used in an entry with {values}; this one has {found}"
-_ONE_RATE = "is not used when depth_variant is prefix, where each Stack has one rate"
+_ENTRY = "is only used in an entry with {values} (this entry has {found})"
+_ONE_RATE = "has no effect when depth_variant is prefix, which gives each Stack a single masking rate"
 
 ONLY_USED = (
     OnlyUsed("model.global_every", "model.window"),
@@ -168,7 +168,7 @@ def _or(values: tuple[Any, ...]) -> str:
 def _one_for_each_stack(key: str, entries: Any, n_stacks: int, at_least: bool = False) -> None:
     """Refuses a list at ``key`` that has not one entry a Stack."""
     if isinstance(entries, tuple) and (len(entries) < n_stacks if at_least else len(entries) != n_stacks):
-        raise conflict(key, f"has {len(entries)} entries for {n_stacks} Stacks; give one a Stack")
+        raise conflict(key, f"has {len(entries)} entries for {n_stacks} Stacks; list one entry for each Stack")
 
 
 def _direction(config: Settings) -> None:
@@ -178,13 +178,13 @@ def _direction(config: Settings) -> None:
         if objective == "clm" and mode == "bidirectional":
             raise conflict(
                 "model.attention_preset",
-                f"{preset!r} is bidirectional and would see the tokens that clm predicts; "
+                f"{preset!r} is bidirectional, so attention would see the tokens that clm predicts; "
                 "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
             )
         if objective in ("mlm", "diffusion") and mode == "causal":
             raise conflict(
                 "model.attention_preset",
-                f"{preset!r} is causal and {objective} reads both sides; set bert_style, "
+                f"{preset!r} is causal, but {objective} needs bidirectional attention; set bert_style, "
                 "or training.progressive.training_objective: clm",
             )
 
@@ -195,14 +195,14 @@ def _text(config: Settings) -> None:
     if family is not None and tokenizer.kind != "pretrained" and tokenizer != TokenizerConfig():
         raise conflict(
             "data.tokenizer.kind",
-            f"{tokenizer.kind!r} does not fit the table of model.tokenizer_embedding.family, which comes with its "
-            "own tokenizer; leave data.tokenizer out",
+            f"{tokenizer.kind!r} cannot be combined with model.tokenizer_embedding.family, which brings its own "
+            "tokenizer; remove data.tokenizer",
         )
     positions, seq_len = config.model.learned_positions, config.training.seq_len
     if positions is not None and seq_len > positions:
         raise conflict(
             "training.seq_len",
-            f"{seq_len} is longer than the table of learned positions (model.learned_positions: {positions})",
+            f"{seq_len} is above the number of learned positions (model.learned_positions is {positions})",
         )
 
 
@@ -212,14 +212,14 @@ def _update(config: Settings) -> None:
     if training.optimizer.in_backward and training.grad_clip is not None:
         raise conflict(
             "training.optimizer.in_backward",
-            f"true cannot clip by the norm of all gradients (grad_clip is {training.grad_clip:g}), which is not known "
-            "before the first update; set grad_clip: null",
+            f"true cannot be combined with grad_clip ({training.grad_clip:g}), because the first update comes "
+            "before the norm of all gradients is known; set grad_clip: null",
         )
     optimizer = training.optimizer.optimizer_type
     if training.progressive.new_stack_precision == "bfloat16" and optimizer != "adamw":
         raise conflict(
             "training.progressive.new_stack_precision",
-            f"'bfloat16' weights are updated by adamw, which rounds at random; optimizer_type is {optimizer}",
+            f"'bfloat16' requires optimizer_type: adamw, which rounds stochastically (optimizer_type is {optimizer})",
         )
 
 
@@ -234,14 +234,14 @@ def _noise(config: Settings) -> None:
     ):
         raise conflict(
             "training.diffusion.levels",
-            f"{list(levels)} must fall from 1 to 0 in {config.target_stacks} steps, one for each Stack; where they "
-            "stop above 0, the sum would not bound the likelihood",
+            f"{list(levels)} must be {config.target_stacks + 1} rates that fall from 1 to 0, one interval per Stack; "
+            "otherwise the loss would not bound the likelihood",
         )
     if time is not None and len(training.objectives) > 1:
         other = next(name for name in training.objectives if name != "diffusion")
         raise conflict(
             "training.progressive.time_interpretation",
-            f"{time!r} goes with diffusion in every phase; some train {other}",
+            f"{time!r} requires the objective diffusion in every phase, but some phases train {other}",
         )
     key, block = "training.diffusion.block_length", training.diffusion.block_length
     if block is None:
@@ -249,9 +249,13 @@ def _noise(config: Settings) -> None:
     if training.seq_len % block:
         raise conflict(key, f"{block} does not divide seq_len ({training.seq_len})")
     if time is not None:
-        raise conflict(key, f"{block} goes with time_interpretation: null")
-    if config.model.window is not None or config.model.attention_custom.kernel_meaning == "weight":
-        raise conflict(key, f"{block} goes with attention over all tokens")
+        raise conflict(key, f"{block} requires time_interpretation: null (time_interpretation is {time})")
+    for setting, wanted, found in (
+        ("model.window", "null", config.model.window),
+        ("model.attention_custom.kernel_meaning", "logit", config.model.attention_custom.kernel_meaning),
+    ):
+        if found not in (None, "logit"):
+            raise conflict(key, f"{block} requires {setting}: {wanted} ({setting} is {found})")
 
 
 def _depth(config: Settings) -> None:
@@ -262,13 +266,13 @@ def _depth(config: Settings) -> None:
     if training.strategy == "phases" or training.end_to_end_scope != "rackwise":
         raise conflict(
             "training.progressive.time_interpretation",
-            "'depth' goes with strategy progressive or end_to_end (rackwise)",
+            "'depth' requires strategy: progressive, or end_to_end with end_to_end_scope: rackwise",
         )
     _expert(config)
     if progressive.cache_activations:
         raise conflict(
             "training.progressive.cache_activations",
-            "true cannot go with time_interpretation: depth, whose Stacks read tokens",
+            "true cannot be combined with time_interpretation: depth, which feeds tokens to every Stack",
         )
     if training.strategy != "progressive":
         return
@@ -276,12 +280,12 @@ def _depth(config: Settings) -> None:
     if progressive.building_mode != wanted:
         raise conflict(
             "training.progressive.building_mode",
-            f"{progressive.building_mode!r}, but depth_variant {variant} grows by {wanted}",
+            f"{progressive.building_mode!r} cannot be combined with depth_variant: {variant}; allowed: {wanted}",
         )
     if progressive.trunk_strategy == "qlora":
         raise conflict(
             "training.progressive.trunk_strategy",
-            "'qlora' does not go with time_interpretation: depth; allowed: frozen, trainable",
+            "'qlora' cannot be combined with time_interpretation: depth; allowed: frozen, trainable",
         )
 
 
@@ -294,11 +298,12 @@ def _expert(config: Settings) -> None:
         if not fits or training.progressive.joint_fraction:
             raise conflict(
                 "training.diffusion.expert",
-                f"{expert} needs depth_variant experts, strategy progressive, trunk_strategy frozen, no "
-                f"joint_fraction, and one of the {config.target_stacks} Stacks, counted from 0",
+                f"{expert} requires depth_variant: experts, strategy: progressive, trunk_strategy: frozen, "
+                f"joint_fraction: 0, and a Stack id from 0 to {config.target_stacks - 1}",
             )
     if (config.model.initial is not None) != (expert is not None and expert > 0):
-        what = "starts without model.initial" if expert in (None, 0) else "starts from a run of expert 0 (--from)"
+        alone = "cannot be combined with model.initial (train --from): training starts from initial weights"
+        what = alone if expert in (None, 0) else "requires a run of expert 0 to start from (train --from RUN)"
         key = "training.progressive.time_interpretation" if expert is None else "training.diffusion.expert"
         raise conflict(key, f"{'depth' if expert is None else expert!r} {what}")
 
@@ -311,28 +316,28 @@ def _masking(config: Settings) -> None:
         return
     _one_for_each_stack(key, rates, config.target_stacks)
     if progressive.cache_activations or progressive.building_mode == "interleave":
-        what = "cache_activations" if progressive.cache_activations else "building_mode: interleave"
-        raise conflict(key, f"{list(rates)} cannot go with {what}: each phase has masks of its own")
+        what = "cache_activations: true" if progressive.cache_activations else "building_mode: interleave"
+        raise conflict(key, f"{list(rates)} cannot be combined with {what}; remove stack_rates")
 
 
 def _growth(config: Settings) -> None:
     """The Stacks that join: how many, where, from what, for how long."""
     training, progressive = config.training, config.training.progressive
     if training.strategy == "phases" and not training.phases:
-        raise conflict("training.phases", "must list the phases when strategy is phases")
+        raise conflict("training.phases", "must list at least one phase when strategy is phases")
     _one_for_each_stack(
         "model.architecture.blocks_per_stack", config.model.architecture.blocks_per_stack, config.target_stacks, True
     )
     if progressive.building_mode == "interleave" and config.model.initial is None:
         raise conflict(
             "training.progressive.building_mode",
-            "'interleave' goes between the Stacks of a Rack that is there (model.initial, or train --from); "
-            "allowed without one: append, prepend",
+            "'interleave' adds Stacks between those of another run; set model.initial (train --from RUN), or use "
+            "append or prepend",
         )
     if progressive.optimizer_state == "copy" and progressive.new_stack_init != "copy":
         raise conflict(
             "training.progressive.optimizer_state",
-            f"'copy' needs new_stack_init: copy (it is {progressive.new_stack_init})",
+            f"'copy' requires new_stack_init: copy (new_stack_init is {progressive.new_stack_init})",
         )
     fractions = progressive.phase_fractions
     if training.strategy == "progressive" and fractions is not None:
@@ -340,7 +345,8 @@ def _growth(config: Settings) -> None:
         if abs(sum(fractions) + progressive.joint_fraction - 1.0) > 1e-6:
             raise conflict(
                 "training.progressive.phase_fractions",
-                f"and joint_fraction add up to {sum(fractions) + progressive.joint_fraction:g}, not 1",
+                f"{list(fractions)} and joint_fraction ({progressive.joint_fraction:g}) sum to "
+                f"{sum(fractions) + progressive.joint_fraction:g}; the sum must be 1",
             )
 
 
@@ -352,20 +358,20 @@ def _storage(config: Settings) -> None:
         if trains and entry.precision not in (None, "full"):
             raise conflict(
                 f"training.phases[{i}].precision",
-                f"{entry.precision!r} is of a frozen trunk, but the trunk is trainable; "
+                f"{entry.precision!r} applies only to a frozen trunk, but this entry's trunk is trainable; "
                 "set trunk: frozen or qlora, or precision: full",
             )
     if set(config.trunks().values()) == {"trainable"} and progressive.trunk_precision != "full":
         raise conflict(
             "training.progressive.trunk_precision",
-            f"{progressive.trunk_precision!r} is of a frozen trunk, but trunk_strategy is trainable; "
+            f"{progressive.trunk_precision!r} applies only to a frozen trunk, but trunk_strategy is trainable; "
             "set trunk_strategy: frozen or qlora, or trunk_precision: full",
         )
     if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not config.training.qlora.enabled:
         raise conflict(
             "training.progressive.new_stack_precision",
-            f"{progressive.new_stack_precision!r} cannot train; allowed: {', '.join(TRAINABLE_PRECISIONS)}, or "
-            "set training.qlora.enabled: true, whose adapters train",
+            f"{progressive.new_stack_precision!r} weights cannot be trained; set {_or(TRAINABLE_PRECISIONS)}, or set "
+            "training.qlora.enabled: true to train adapters beside them",
         )
 
 
@@ -376,7 +382,7 @@ def _trunk(config: Settings) -> None:
     if "qlora" in of_strategy and not (qlora.enabled or qlora.progressive_enabled):
         raise conflict(
             of_strategy["qlora"],
-            "'qlora' trains adapters, and there are none; set training.qlora.enabled or "
+            "'qlora' trains the trunk's adapters, but adapters are not enabled; set training.qlora.enabled or "
             "training.qlora.progressive_enabled to true",
         )
     still = of_strategy.keys() - {"trainable"}
@@ -384,13 +390,13 @@ def _trunk(config: Settings) -> None:
         kind = min(still)
         raise conflict(
             "model.tie_embeddings",
-            f"true cannot go with {of_strategy[kind]}: {kind}, since "
-            "training the head would change what the trunk reads; set it to false, or the trunk to trainable",
+            f"true cannot be combined with {of_strategy[kind]}: {kind}, because training the head would change the "
+            "embedding that the trunk reads; set tie_embeddings: false, or make the trunk trainable",
         )
     if training.offload != "none" and not config.freezes_stacks:
         grows = training.strategy == "progressive" and trunks
-        why = "but trunk_strategy is trainable" if grows else "and no phase freezes any"
-        raise conflict("training.offload", f"{training.offload!r} is of frozen Stacks, {why}")
+        why = "trunk_strategy is trainable" if grows else "no phase freezes any"
+        raise conflict("training.offload", f"{training.offload!r} applies only to frozen Stacks, but {why}")
     for key in ("rank_pattern", "alpha_pattern"):
         _one_for_each_stack(f"training.qlora.{key}", getattr(qlora, key), config.target_stacks, True)
 
@@ -402,17 +408,21 @@ def _cache(config: Settings) -> None:
         return
     key = "training.progressive.cache_activations"
     if training.objective == "classification":
-        raise conflict(key, "true needs batches of a token store; classification takes them from a data loader")
+        raise conflict(
+            key, "true requires batches from a token store, but classification takes batches from a data loader"
+        )
     if len(training.objectives) > 1:
-        raise conflict(key, f"true keeps the inputs of one objective; the phases have {', '.join(training.objectives)}")
+        raise conflict(
+            key, f"true requires one objective in all phases; the phases train {', '.join(training.objectives)}"
+        )
     append = training.strategy == "progressive" and training.progressive.building_mode == "append"
     if training.strategy == "phases":
         append = bool(trunks) and all(entry.at == "right" for entry in training.phases)
     if set(trunks.values()) - {"frozen"} or not append:
         raise conflict(
             key,
-            "true needs Stacks appended to a frozen trunk: what is cached would change with a trunk that "
-            "trains, or with Stacks that join before it; set trunk_strategy: frozen and building_mode: append",
+            "true requires a frozen trunk with Stacks appended to it, because otherwise the cached hidden states would "
+            "change; set trunk_strategy: frozen and building_mode: append",
         )
 
 

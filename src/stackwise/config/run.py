@@ -20,20 +20,22 @@ TIGHT_FROM_WIDTH = 512
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt = Field(500, description="Save every so many steps (and at every phase's end)")
-    keep_last: PositiveInt = Field(2, description="Checkpoints kept; older ones are deleted")
+    every_steps: PositiveInt = Field(
+        500, description="Steps between checkpoints (one is also saved at the end of every phase)"
+    )
+    keep_last: PositiveInt = Field(2, description="Number of checkpoints kept; older ones are deleted")
 
 
 class EvaluationConfig(Section):
     every_steps: PositiveInt | None = Field(
-        None, description="Validate every so many steps; null: at the end of every phase"
+        None, description="Steps between validations; null: at the end of every phase"
     )
     max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
-    draws: Size = Field(1, description="diffusion: masks drawn for each sequence that is scored")
+    draws: Size = Field(1, description="diffusion: masks drawn for each scored sequence")
 
 
 class LoggingConfig(Section):
-    every_steps: PositiveInt = Field(10, description="A line of metrics every so many steps")
+    every_steps: PositiveInt = Field(10, description="Steps between lines of metrics")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra: track)")
 
 
@@ -42,10 +44,12 @@ class TrainingConfig(Section):
 
     strategy: Literal["progressive", "end_to_end", "phases"] = Field(
         "progressive",
-        description="progressive: grow Stack by Stack; end_to_end: the whole Rack at once; phases: as phases lists",
+        description="progressive: grow Stack by Stack; end_to_end: the whole Rack at once; phases: the list in phases",
     )
     end_to_end_scope: Literal["rackwise", "stackwise", "blockwise"] = Field(
-        "rackwise", description="end_to_end: what trains at a time: everything, one Stack after another, one Block"
+        "rackwise",
+        description="end_to_end: what trains at a time: rackwise: everything; stackwise: one Stack; blockwise: one "
+        "Block",
     )
     phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(as_tuple)] = Field(
         (), description="strategy phases: the phases, in order; each adds Stacks, or trains some, or sweeps over all"
@@ -71,12 +75,13 @@ class TrainingConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of matrix products; auto: bfloat16 autocast on cuda that has it, else float32"
+        "auto",
+        description="Data type of matrix products; auto: bfloat16 autocast on CUDA devices that have it, else float32",
     )
     cpu_allocator: Literal["auto", "tight", "fast"] = Field(
         "auto",
-        description="On a CPU: tight gives freed tensors back to the system at once, and memory stays at the plan's; "
-        "fast keeps them for reuse (about a third more memory); auto: tight from d_model 512 on",
+        description="On a CPU: tight returns freed memory to the system at once, so that memory stays at the plan's; "
+        "fast keeps it for reuse (about a third more memory); auto: tight from d_model 512 on",
     )
     compile: bool = Field(False, description="torch.compile the Stacks")
     activation_checkpointing: bool = Field(
@@ -92,8 +97,8 @@ class TrainingConfig(Section):
     cache: CacheConfig = CacheConfig()
     offload: Literal["none", "host", "disk"] = Field(
         "none",
-        description="Where frozen Stacks wait: none: on the device; host: in this machine's memory; disk: in the run's "
-        "checkpoint. What is not on the device is brought one Stack at a time, the next one ahead",
+        description="Where frozen Stacks are kept: none: on the device; host: in host memory; disk: in the run's "
+        "checkpoint. Offloaded Stacks are brought to the device one at a time, each while the one before computes",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

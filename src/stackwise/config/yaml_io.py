@@ -51,7 +51,7 @@ class Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
-                raise ConfigError(f"line {line}: *{event.anchor} stands inside what it stands for")
+                raise ConfigError(f"line {line}: the alias *{event.anchor} stands inside the value that it repeats")
             self._n_nodes += self._sizes[id(node)]
         else:
             before = self._n_nodes
@@ -64,7 +64,7 @@ class Loader(yaml.SafeLoader):
             if event.anchor is not None:
                 self._sizes[id(node)] = self._n_nodes - before
         if self._n_nodes > MAX_NODES:
-            raise ConfigError(f"line {line}: more than {MAX_NODES:,} values, with those of aliases")
+            raise ConfigError(f"line {line}: more than {MAX_NODES:,} values, counting those that aliases repeat")
         return node
 
 
@@ -157,7 +157,7 @@ Dumper.add_representer(str, _text)
 def parse(text: str, where: str) -> Any:
     """Parses YAML ``text``; ``where`` names it in errors. Raises ``ConfigError``."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{where}: larger than {MAX_BYTES:,} bytes; a config is not")
+        raise ConfigError(f"{where}: larger than {MAX_BYTES:,} bytes, the limit for a config")
     try:
         return yaml.load(text, Loader)
     except ConfigError as error:
