@@ -5,6 +5,7 @@ import torch
 
 from stackwise.generation.diffusion import unmask
 from stackwise.generation.sampling import next_token, sample
+from stackwise.model.reading import Reading
 from stackwise.objectives.base import Example, scored
 
 V, B, T, MASK = 13, 3, 7, 12
@@ -57,7 +58,7 @@ def test_gaps_are_filled_on_a_device_without_double_precision(order):
 def test_scores_are_summed_on_a_device_without_double_precision():
     terms, targets = torch.rand(B, T), torch.randint(0, V, (B, T))
     right = torch.zeros(B, T, dtype=torch.bool)
-    example = Example(targets, targets)
+    example = Example(Reading(targets), targets)
     nats = scored(example, far(terms), right, right).nats
     assert torch.from_numpy(nats).dtype == torch.float64
     torch.testing.assert_close(torch.from_numpy(nats), terms.double().sum(1))

@@ -8,6 +8,7 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
 from stackwise.model.architecture import create_simple_rack
+from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.attention import attend
 from stackwise.ops.losses import linear_cross_entropy
@@ -60,7 +61,7 @@ def test_the_plan_holds_on_the_device(dropout):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     with autocast(CUDA, torch.bfloat16):
-        loss = CausalObjective().loss(made, Example(ids, ids), 1.0)
+        loss = CausalObjective().loss(made, Example(Reading(ids), ids), 1.0)
     loss.backward()
     measured = torch.cuda.max_memory_allocated() + planned.optimizer
     assert planned.peak == pytest.approx(measured, rel=0.1)

@@ -7,7 +7,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stackwise.cli.main import main
 from stackwise.model.architecture import create_simple_rack
-from stackwise.runs.initial import add_rows
 from stackwise.runs.run import load
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents.\n" * 60
@@ -18,7 +17,7 @@ def test_a_new_row_is_the_mean_and_changes_no_other_logit(tied):
     rack = create_simple_rack(1, 2, 12, 20, 3, 17, tie_embeddings=tied)
     ids = torch.randint(0, 17, (2, 5), generator=torch.Generator().manual_seed(1))
     before = rack(ids)
-    add_rows(rack, 1)
+    rack.extend_vocabulary(1)
     after = rack(ids)
     assert after.shape == (2, 5, 18) and rack.spec.vocab_size == rack.vocab_size == 18
     torch.testing.assert_close(after[..., :17], before)

@@ -10,7 +10,7 @@ from stackwise.model.architecture import (
     create_simple_rack,
 )
 from stackwise.model.initialisation import RESIDUAL_OUTPUTS
-from stackwise.ops.losses import linear_cross_entropy
+from stackwise.model.reading import Reading
 
 V, C, F, H, G = 37, 30, 52, 3, 1
 B, T = 2, 11
@@ -70,7 +70,7 @@ def test_logits_and_gradients_equal_llama_with_the_same_weights(tied, padded):
     expected = llama(ids, attention_mask=mask.long()).logits
     torch.testing.assert_close(logits[mask], expected[mask], atol=1e-5, rtol=1e-5)
     targets = torch.where(mask, ids.roll(-1, 1), -100)
-    linear_cross_entropy(rack.hidden(ids, mask).flatten(0, 1), rack.head_weight, targets.flatten(), 1 / B).backward()
+    rack.cross_entropy(rack(Reading(ids, mask)), targets, 1 / B).backward()
     loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum") / B
     loss.backward()
     theirs = dict(llama.named_parameters())
@@ -109,18 +109,18 @@ def test_cached_decoding_equals_the_full_forward_pass(padded):
     if padded:
         mask[0, :3] = False
     cache = rack.make_cache(T)
-    out = [rack(ids[:, :5], mask[:, :5] if padded else None, cache)]
-    out += [rack(ids[:, t : t + 1], None, cache) for t in range(5, T)]
+    out = [rack(Reading(ids[:, :5], mask[:, :5] if padded else None, cache=cache))]
+    out += [rack(Reading(ids[:, t : t + 1], cache=cache)) for t in range(5, T)]
     full = rack(ids, mask if padded else None)
-    torch.testing.assert_close(torch.cat(out, 1)[mask], full[mask], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(rack.logits(torch.cat(out, 1))[mask], full[mask], atol=2e-6, rtol=1e-5)
 
 
 def test_a_cache_refuses_what_it_cannot_hold_and_bidirectional_windows():
     rack, ids = rack_and_ids()
     with pytest.raises(ValueError, match="5 tokens; 6 do not fit"):
         cache = rack.make_cache(5)
-        rack(ids[:, :5], cache=cache)
-        rack(ids[:, 5:6], cache=cache)
+        rack(Reading(ids[:, :5], cache=cache))
+        rack(Reading(ids[:, 5:6], cache=cache))
     with pytest.raises(ValueError, match="without windows"):
         spec = create_block_spec(C, F, H, G, "bidirectional", window=4)
         create_rack_from_specs(V, C, [{"stack_id": 0, "n_blocks": 1, "block_spec": spec}]).make_cache(5)
@@ -128,13 +128,12 @@ def test_a_cache_refuses_what_it_cannot_hold_and_bidirectional_windows():
 
 def test_a_cache_of_blocks_reads_them_as_the_whole_text_where_each_sees_itself_and_what_is_before():
     rack, ids = rack_and_ids(attention_mode="bidirectional")
-    block = torch.arange(T) // 4
-    whole = rack.logits(rack.hidden(ids, seen=block[:, None] >= block))
+    whole = rack.logits(rack(Reading(ids, block_length=4)))
     cache = rack.make_cache(T)
     for start in range(0, T, 4):
         part = ids[:, start : start + 4]
         for other in (part.flip(1), part):  # what is read and taken back leaves no trace
-            logits = rack(other, cache=cache)
+            logits = rack.logits(rack(Reading(other, cache=cache)))
             if other is not part:
                 cache.rewind(start)
         torch.testing.assert_close(logits, whole[:, start : start + 4], atol=1e-5, rtol=1e-5)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stackwise.model.architecture import create_simple_rack
+from stackwise.model.block import Context
 from stackwise.model.feed_forward import GeGLUFFN, SwiGLUFFN
 from stackwise.model.norms import RMSNorm
 
@@ -91,7 +92,7 @@ def test_what_a_block_keeps_under_autocast():
     rope = rack._rope_tables(T, 0, x.device, None)
     tables = sum(table.untyped_storage().nbytes() for pair in rope.values() for table in pair)
     with torch.autocast("cpu", torch.bfloat16):
-        size, _ = kept(lambda: block(x, rope=rope))
+        size, _ = kept(lambda: block(x, Context(rope=rope)))
     values = 2 * C  # what the norms return
     values += C + 2 * C // h * kv + C  # queries, keys and values, what attention returns
     values += 3 * ff  # gate, up, and their product

@@ -6,6 +6,7 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.embedding import TimeEmbedding
+from stackwise.model.reading import Reading
 from stackwise.model.spec import RackSpec
 
 V, B, T = 23, 3, 7
@@ -35,7 +36,7 @@ def test_a_conditioned_model_starts_bit_identical_to_the_same_one_without(kind):
     extra = {name for name, _ in told.named_parameters()} - set(shared)
     assert all("modulation" in name or "embedding.time" in name for name in extra) and len(extra) > 8
     logits = plain(IDS)
-    assert torch.equal(told.logits(told.hidden(IDS, time=TIME)), logits)
+    assert torch.equal(told.logits(told(Reading(IDS, time=TIME))), logits)
     with pytest.raises(ValueError, match="give time"):
         told(IDS)
 
@@ -47,11 +48,11 @@ def test_everything_that_conditions_moves_and_levels_come_to_differ(kind):
     optimizer = torch.optim.SGD(told.parameters(), lr=0.5)
     for _ in range(2):  # behind the zero layer the second step is the first with a gradient
         optimizer.zero_grad()
-        told.logits(told.hidden(IDS, time=TIME)).square().mean().backward()
+        told.logits(told(Reading(IDS, time=TIME))).square().mean().backward()
         optimizer.step()
     still = [name for name, p in told.named_parameters() if torch.equal(p, before[name])]
     assert still == []
-    logits = told.logits(told.hidden(IDS[:1].repeat(B, 1), time=TIME))
+    logits = told.logits(told(Reading(IDS[:1].repeat(B, 1), time=TIME)))
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stackwise.model.reading import Reading
 from variants import BLOCKS, V, rack_of
 
 B, T = 3, 13
@@ -61,10 +62,10 @@ def test_cached_decoding_equals_the_full_forward_pass(name, learned, padded):
     if padded:
         mask[0, :3] = mask[1, :1] = False
     cache = rack.make_cache(T)
-    out = [rack(IDS[:, :6], mask[:, :6] if padded else None, cache)]
-    out += [rack(IDS[:, t : t + 1], None, cache) for t in range(6, T)]
+    out = [rack(Reading(IDS[:, :6], mask[:, :6] if padded else None, cache=cache))]
+    out += [rack(Reading(IDS[:, t : t + 1], cache=cache)) for t in range(6, T)]
     full = rack(IDS, mask if padded else None)
-    torch.testing.assert_close(torch.cat(out, 1)[mask], full[mask], atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(rack.logits(torch.cat(out, 1))[mask], full[mask], atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])

@@ -14,6 +14,7 @@ from stackwise.data.batches import Batch
 from stackwise.errors import ConfigError, UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.model.architecture import create_rack_from_config, create_simple_rack
+from stackwise.model.reading import Reading
 from stackwise.objectives import ClassificationObjective, create_objective
 from stackwise.planning.cost import PhaseCoster
 from stackwise.training import ArchitectureTrainer, ProgressiveDataLoader, ProgressiveRackBuilder, ProgressiveTrainer
@@ -60,15 +61,15 @@ def test_the_loss_is_that_of_each_row_alone_without_its_padding(pooling, side):
     assert example.n_targets == B
     expected, rows = 0.0, []
     for ids, label, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
-        hidden = rack.hidden(ids[mask][None])[0]
+        hidden = rack(Reading(ids[mask][None]))[0]
         pooled = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
-        rows.append(rack.head_weight[:N] @ pooled)
+        rows.append(rack.head.weight[:N] @ pooled)
         expected = expected + F.cross_entropy(rows[-1], label)
     torch.testing.assert_close(seen.loss(rack, example, 1.0), expected, atol=1e-5, rtol=1e-5)
     found = seen.logits(rack, batch["input_ids"], batch["attention_mask"])
     torch.testing.assert_close(found, torch.stack(rows), atol=1e-5, rtol=1e-5)
     seen.loss(rack, example, 1.0).backward()
-    assert (rack.head_weight.grad[N:] == 0).all() and (rack.head_weight.grad[:N] != 0).all()
+    assert (rack.head.weight.grad[N:] == 0).all() and (rack.head.weight.grad[:N] != 0).all()
 
 
 def test_the_score_counts_what_is_right():

@@ -26,11 +26,11 @@ def batches():
 def test_targets_are_the_labels_as_they_are_and_padding_never_counts():
     batch = batches()
     example = IterableSource([batch], CustomObjective()).example(0)
-    assert torch.equal(example.inputs, batch["input_ids"])
+    assert torch.equal(example.reading.ids, batch["input_ids"])
     assert torch.equal(example.targets, torch.where(batch["attention_mask"], batch["labels"], IGNORE))
     assert example.n_targets == B * T - 3 - 3
     rack = create_simple_rack(1, 1, 16, 20, 2, V)
-    logits = rack(example.inputs, example.attention_mask)
+    logits = rack(example.reading.ids, example.reading.attention_mask)
     expected = F.cross_entropy(logits.flatten(0, 1), example.targets.flatten(), reduction="sum", ignore_index=IGNORE)
     found = CustomObjective().loss(rack, example, 1.0)
     torch.testing.assert_close(found, expected)

@@ -14,6 +14,7 @@ from stackwise.errors import ConfigError
 from stackwise.generation.denoisers import RackDenoiser, generate_blocks
 from stackwise.generation.diffusion import unmask
 from stackwise.model.architecture import create_rack_from_config
+from stackwise.model.reading import Reading
 from stackwise.objectives.depth import intervals_of
 from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.objectives.scoring import validate
@@ -277,8 +278,7 @@ def test_blocks_are_bounded_block_by_block_and_see_only_what_is_before_them():
 
     def log_p_of(start, gone):
         tokens = torch.tensor([[*text[:start], *hidden(text, gone)[start : start + block]]])
-        place = torch.arange(start + block) // block
-        logits = rack.logits(rack.hidden(tokens, seen=place[:, None] >= place))[0].detach()
+        logits = rack.logits(rack(Reading(tokens, block_length=block)))[0].detach()
         logits[:, MASK] = -math.inf
         return logits.log_softmax(-1)
 
@@ -337,24 +337,24 @@ def test_special_tokens_are_never_masked_and_do_not_count():
     for weighting in ("stratified", "exact_counts"):
         chosen = objective_of(config(length=5, weighting=weighting))
         example = chosen.corrupt(batch)
-        assert (example.inputs[:, [0, 3]] == SPECIAL).all() and (example.targets[:, [0, 3]] == IGNORE).all()
+        assert (example.reading.ids[:, [0, 3]] == SPECIAL).all() and (example.targets[:, [0, 3]] == IGNORE).all()
         assert example.n_targets == 3 * 40
-        assert ((example.inputs == MASK) == (example.targets != IGNORE)).all()
+        assert ((example.reading.ids == MASK) == (example.targets != IGNORE)).all()
     assert objective.score(rack_of(settings), batch).tokens.tolist() == [3] * 40
 
 
 @pytest.mark.parametrize("weighting", ["stratified", "exact_counts"])
-def test_training_and_sampling_tell_the_rack_the_same_masked_share(monkeypatch, weighting):
+def test_training_and_sampling_tell_the_rack_the_same_masked_share(weighting):
     text = (SPECIAL, 0, 1, SPECIAL, 1, 0, 1)
     settings = config(length=len(text), time="input", condition="masked", weighting=weighting)
     rack, objective = rack_of(settings), objective_of(settings, conditioned="masked")
     example = objective.corrupt(batch_of(text, 40))
-    shares = [sum(token == MASK for token in row) / 5 for row in example.inputs.tolist()]  # five are not special
+    shares = [sum(token == MASK for token in row) / 5 for row in example.reading.ids.tolist()]  # five are not special
     assert len(set(shares)) == 5 if weighting == "exact_counts" else len(set(shares)) == 6
-    assert example.time.tolist() == pytest.approx(shares)
-    told, hidden = [], rack.hidden
-    monkeypatch.setattr(rack, "hidden", lambda *args, **kwargs: told.append(kwargs["time"]) or hidden(*args, **kwargs))
-    RackDenoiser(rack, objective)(example.inputs, torch.full((40,), 0.5))
+    assert example.reading.time.tolist() == pytest.approx(shares)
+    told = []
+    rack.register_forward_pre_hook(lambda rack, inputs: told.append(inputs[0].time))
+    RackDenoiser(rack, objective)(example.reading.ids, torch.full((40,), 0.5))
     assert told[0].tolist() == pytest.approx(shares)
 
 

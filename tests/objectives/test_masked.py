@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from stackwise.errors import ConfigError, UserError
 from stackwise.evaluation.pseudo import pseudo_perplexity
 from stackwise.growth.curricula import build_phases
 from stackwise.model.architecture import create_simple_rack
+from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, MaskedObjective, create_objective
 from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
@@ -32,8 +34,8 @@ def batch(B=211, T=101, epoch=0, low=3):
 def shares(example, tokens):
     """Of all tokens: picked; of the picked: masked, replaced by another token, left."""
     picked = example.targets != IGNORE
-    masked = (example.inputs == MASK) & picked
-    left = (example.inputs == tokens) & picked
+    masked = (example.reading.ids == MASK) & picked
+    left = (example.reading.ids == tokens) & picked
     n = picked.sum()
     return [
         float(x)
@@ -52,7 +54,7 @@ def test_inputs_hide_the_targets_at_the_shares_of_the_config():
     assert left == pytest.approx(0.1 + 0.3 / 34, abs=0.03)
     counted = example.targets != IGNORE
     assert torch.equal(example.targets[counted], tokens[counted])
-    assert torch.equal(example.inputs[~counted], tokens[~counted])
+    assert torch.equal(example.reading.ids[~counted], tokens[~counted])
 
 
 def test_specials_are_neither_picked_nor_changed():
@@ -62,7 +64,7 @@ def test_specials_are_neither_picked_nor_changed():
     special = torch.isin(tokens, torch.tensor(sorted(SPECIALS)))
     assert special.sum() > 100
     assert (example.targets[special] == IGNORE).all()
-    assert torch.equal(example.inputs[special], tokens[special])
+    assert torch.equal(example.reading.ids[special], tokens[special])
 
 
 def test_masks_differ_between_batches_epochs_and_seeds_and_repeat():
@@ -105,7 +107,7 @@ def test_the_loss_is_at_the_picked_positions_and_on_the_corrupted_inputs():
     example = objective().corrupt(batch(5, 11))
     got = objective().loss(rack, example, 1 / example.n_targets)
     picked = example.targets != IGNORE
-    torch.testing.assert_close(got, F.cross_entropy(rack(example.inputs)[picked], example.targets[picked]))
+    torch.testing.assert_close(got, F.cross_entropy(rack(example.reading.ids)[picked], example.targets[picked]))
 
 
 def test_the_config_names_the_objective_and_the_tokenizer_its_ids():
@@ -152,7 +154,7 @@ class Seeing(MaskedObjective):
 
     def corrupt(self, batch):
         example = super().corrupt(batch)
-        return type(example)(torch.from_numpy(batch.tokens[:, :-1]), example.targets)
+        return replace(example, reading=Reading(torch.from_numpy(batch.tokens[:, :-1])))
 
     def judged(self, example):
         return example.targets != IGNORE
@@ -173,8 +175,8 @@ def test_accuracy_is_of_what_was_masked():
     rack, seen = create_simple_rack(1, 1, 26, 19, 13, V, attention_mode="bidirectional"), objective(rate=0.4)
     example = seen.corrupt(batch(B=30))
     score = seen.score(rack, batch(B=30))
-    masked = (example.inputs == MASK) & (example.targets != IGNORE)
-    right = rack(example.inputs).argmax(-1) == example.targets
+    masked = (example.reading.ids == MASK) & (example.targets != IGNORE)
+    right = rack(example.reading.ids).argmax(-1) == example.targets
     assert (score.predicted, score.right) == (int(masked.sum()), int((right & masked).sum()))
     assert score.tokens.sum() == int((example.targets != IGNORE).sum()) > score.predicted
 

@@ -140,13 +140,9 @@ def test_sequences_of_unequal_length_count_by_their_tokens():
 class OfPools(DiffusionObjective):
     """The masks of diffusion, with nats of a masked token that are made up: of its sequence, the rate, its own."""
 
-    def hidden(self, rack, example):
-        self.inputs = example.inputs
-        return example.inputs
-
-    def terms(self, rack, hidden, targets):
-        there = targets != IGNORE
-        tokens = torch.where(there, targets, self.inputs).double()
+    def terms(self, rack, example):
+        there = example.targets != IGNORE
+        tokens = torch.where(there, example.targets, example.reading.ids).double()
         rate = there.double().mean(dim=1, keepdim=True)
         return (0.3 * tokens.mean(dim=1, keepdim=True) + 2.0 * rate + 0.2 * tokens) * there, there
 

@@ -10,6 +10,7 @@ from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Phase, Schedule
 from stackwise.growth.rack_builder import prepare_phase, set_trainable
 from stackwise.model.architecture import Stacks, create_rack_from_config, create_simple_rack
+from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.precision import autocast
 from stackwise.ops.storage import STORAGES
@@ -35,7 +36,7 @@ def fake_cost(trains=None, checkpointed=False, micro_batches=1, n_stacks=3, **se
 
 def real_step(model):
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(0))
-    CausalObjective().loss(model, Example(ids, ids), 1.0).backward()
+    CausalObjective().loss(model, Example(Reading(ids), ids), 1.0).backward()
 
 
 def attention_flops(query, *args, **kwargs):
@@ -119,7 +120,7 @@ def test_planned_memory_is_what_the_real_step_holds(trains, checkpointed):
     for tensor in (*model.parameters(), ids):
         ledger.ignore(tensor)
     with ledger:
-        CausalObjective().loss(model, Example(ids, ids), 1.0).backward()
+        CausalObjective().loss(model, Example(Reading(ids), ids), 1.0).backward()
     cost = fake_cost(trains, checkpointed)
     assert cost.peak - cost.weights - cost.optimizer == pytest.approx(ledger.peak, rel=0.02)
     assert ledger.live == cost.gradients  # nothing else is left
@@ -239,9 +240,10 @@ def real_phase(phase, settings, compute_dtype, mode):
     with mode, autocast(torch.device("cpu"), compute_dtype):
         if phase.enters and not phase.cached:
             with torch.no_grad():
-                boundary = model.advance(model.embed(ids), 0, phase.enters)
+                boundary = model(Reading(ids, stop=phase.enters, finished=False))
+        reading = Reading(ids) if boundary is None else Reading(boundary=boundary, start=phase.enters)
         for _ in range(training.batch_size // micro):  # gradients of the one before are there in the last
-            CausalObjective().loss(model, Example(ids, ids, boundary=boundary, enters=phase.enters), 1.0).backward()
+            CausalObjective().loss(model, Example(reading, ids), 1.0).backward()
     offload.close()
     return model, away
 

@@ -72,7 +72,8 @@ def test_identity_stacks_over_a_frozen_trunk_start_at_its_loss_and_leave_it_as_i
     for k in (2, 3):
         assert all(after[k][f"blocks.0.{part}.weight"].any() for part in ("attention.o_proj", "ffn.down_proj"))
     tied = grown.config.model.tie_embeddings
-    assert tied == torch.equal(base.rack.head_weight, grown.rack.head_weight)
+    heads = [run.rack.embedding.weight if tied else run.rack.head.weight for run in (base, grown)]
+    assert tied == torch.equal(*heads)
     assert grown.tokenizer.fingerprint == base.tokenizer.fingerprint
     assert not torch.equal(base.rack.norm.weight, grown.rack.norm.weight)
 

@@ -266,7 +266,7 @@ def test_masked_targets_count_at_their_own_position_and_never_in_padding():
     assert not counted[:, 8:].any() and not counted[:, 0].any()
     assert torch.equal(example.targets[counted], tokens[counted])
     assert 0.4 < counted[:, 1:8].float().mean() < 0.6
-    assert torch.equal(example.attention_mask, mask)
+    assert torch.equal(example.reading.attention_mask, mask)
 
 
 def test_masks_change_from_epoch_to_epoch_of_a_data_loader_and_repeat_with_it():
@@ -277,7 +277,7 @@ def test_masks_change_from_epoch_to_epoch_of_a_data_loader_and_repeat_with_it():
 
     def epochs():
         source = IterableSource([tokens, tokens], objective)
-        return [source.example(step).inputs for step in range(4)]
+        return [source.example(step).reading.ids for step in range(4)]
 
     first, again = epochs(), epochs()
     assert all(torch.equal(a, b) for a, b in zip(first, again))

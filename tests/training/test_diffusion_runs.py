@@ -202,6 +202,10 @@ def test_what_was_trained_stays_bit_identical_while_the_next_expert_trains(folde
         ),
         (["training.diffusion.block_length=5"], r"5 does not divide seq_len \(16\)"),
         (
+            ["training.diffusion.block_length=8", "training.progressive.cache_activations=true"],
+            r"cache_activations: true cannot be combined with diffusion.block_length",
+        ),
+        (
             ["training.diffusion.depth_variant=prefix"],
             r"'prefix' is only used when training.progressive.time_int",
         ),

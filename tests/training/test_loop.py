@@ -11,6 +11,7 @@ from stackwise.errors import RunError
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.rack_builder import zero_residual_outputs
 from stackwise.model.architecture import create_rack_from_config, create_stack_from_config
+from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.losses import IGNORE
 from stackwise.training.loop import Loop
@@ -195,7 +196,7 @@ def uneven_example():
     targets[:2] = IGNORE
     targets[0, 5] = 17
     targets[2:4, 3:] = IGNORE
-    return Example(inputs, targets)
+    return Example(Reading(inputs), targets)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -219,7 +220,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
     example = uneven_example()
     _, recorder = trained(END_TO_END, "training.micro_batch_size=2", "training.max_steps=1", source=Examples(example))
     rack = create_rack_from_config(config())
-    terms = F.cross_entropy(rack(example.inputs).flatten(0, 1), example.targets.flatten(), reduction="none")
+    terms = F.cross_entropy(rack(example.reading.ids).flatten(0, 1), example.targets.flatten(), reduction="none")
     counted = terms[example.targets.flatten() != IGNORE]
     assert recorder["loss"][0] == pytest.approx(counted.mean().item(), abs=1e-6)
     assert recorder["tokens"] == [B * T]
@@ -273,7 +274,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_before_the_update(broken)
 def test_a_batch_in_which_nothing_counts_is_an_error():
     example = uneven_example()
     with pytest.raises(RunError, match="no token"):
-        trained(END_TO_END, source=Examples(Example(example.inputs, torch.full_like(example.targets, IGNORE))))
+        trained(END_TO_END, source=Examples(Example(example.reading, torch.full_like(example.targets, IGNORE))))
 
 
 def test_activation_checkpointing_changes_no_bit_even_with_dropout():
@@ -485,7 +486,8 @@ def test_two_runs_are_bit_identical_and_another_seed_is_another_run():
 
 def test_dropout_depends_on_the_seed_and_the_step_alone():
     """The same weights and the same tokens under another seed, or at another step, lose other activations."""
-    example = Example(*torch.randint(0, V, (2, B, T), generator=torch.Generator().manual_seed(2)))
+    inputs, targets = torch.randint(0, V, (2, B, T), generator=torch.Generator().manual_seed(2))
+    example = Example(Reading(inputs), targets)
 
     def losses(seed):
         settings = config(END_TO_END, "model.dropout=0.3", f"training.seed={seed}", "training.optimizer.lr=1.0e-12")

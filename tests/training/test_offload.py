@@ -14,6 +14,7 @@ from stackwise.growth.phases import Adapter
 from stackwise.growth.precision import PrecisionManager
 from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import create_simple_rack
+from stackwise.model.reading import Reading
 from stackwise.training.offload import Offload, all_tensors
 
 V, N = 37, 6
@@ -129,7 +130,7 @@ def test_a_stack_that_is_brought_back_is_what_it_was():
         assert offload.away == {4} and model.stacks[2].fetch is None
         assert not any(t.is_meta for t in model.stacks[2].state_dict().values())
         calls = len(sources.calls)
-        model.advance(torch.randn(1, 5, 26), 2, 3)
+        model(Reading(boundary=torch.randn(1, 5, 26), start=2, stop=3, finished=False))
         assert len(sources.calls) == calls
     assert offload.away == {2, 4}
     for k in (2, 4):

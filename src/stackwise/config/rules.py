@@ -411,6 +411,12 @@ def _cache(config: Settings) -> None:
         raise conflict(
             key, "true requires batches from a token store, but classification takes batches from a data loader"
         )
+    if training.diffusion.block_length not in (None, training.seq_len):
+        raise conflict(
+            key,
+            "true cannot be combined with diffusion.block_length, because each pass also reads the tokens without "
+            "noise; set cache_activations: false",
+        )
     if len(training.objectives) > 1:
         raise conflict(
             key, f"true requires one objective in all phases; the phases train {', '.join(training.objectives)}"

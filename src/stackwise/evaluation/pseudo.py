@@ -9,8 +9,8 @@ import torch
 
 from stackwise.data.batches import validation_windows, windows
 from stackwise.model.architecture import Rack
+from stackwise.model.reading import Reading
 from stackwise.objectives.masked import MaskedObjective
-from stackwise.ops.losses import linear_cross_entropy_terms
 
 TOKENS = 1024
 """Tokens scored by default: each takes a pass over its whole window."""
@@ -41,8 +41,8 @@ def pseudo_perplexity(
             index = torch.arange(len(some))
             inputs = row.repeat(len(some), 1)
             inputs[index, some] = objective.mask_id
-            hidden = rack.hidden(inputs.to(rack.device))[index.to(rack.device), some.to(rack.device)]
+            hidden = rack(Reading(inputs.to(rack.device)))[index.to(rack.device), some.to(rack.device)]
             targets = row[some].to(rack.device)
-            terms, _ = linear_cross_entropy_terms(hidden, rack.head_weight, targets, bias=rack.head_bias)
+            terms, _ = rack.cross_entropy_terms(hidden, targets)
             total, count = total + float(terms.cpu().double().sum()), count + len(some)
     return {"pseudo_perplexity": math.exp(total / count), "pseudo_perplexity_tokens": count}

@@ -14,6 +14,7 @@ from torch import Tensor
 from stackwise.generation.sampling import Draw, UniformStreams, check_draw, next_token, row_seeds
 from stackwise.model.architecture import Rack
 from stackwise.model.cache import KVCache
+from stackwise.model.reading import Reading
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def _steps(
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=device)
     greedy = draw.get("temperature") == 0
     for _ in range(n_tokens):
-        logits = rack.logits(rack.hidden(tokens, mask, cache)[:, -1])
+        logits = rack.logits(rack(Reading(tokens, mask, cache=cache))[:, -1])
         chosen = next_token(logits, None if greedy else streams.next(), blocked, **draw)
         if stop_ids:
             chosen = torch.where(stopped, tokens[:, -1] if pad_id is None else pad_id, chosen)

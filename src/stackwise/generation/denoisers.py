@@ -6,6 +6,7 @@ B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from stackwise.generation.diffusion import unmask
 from stackwise.model.architecture import Rack
 from stackwise.model.cache import KVCache
+from stackwise.model.reading import Reading
 from stackwise.objectives.diffusion import DiffusionObjective
 
 
@@ -41,7 +43,7 @@ class RackDenoiser:
         time = self._time(tokens, rate)
         if objective.variant is None:
             self._count(tokens, 0, len(rack.stacks))
-            return rack.logits(rack.hidden(tokens, time=time))
+            return rack.logits(rack(Reading(tokens, time=time)))
         places = self._places(rate)
         if objective.variant == "prefix":
             return self._next_stage(tokens, places, time)
@@ -50,11 +52,8 @@ class RackDenoiser:
             rows = torch.tensor([i for i, p in enumerate(places) if p == place], device=tokens.device)
             interval = objective.noise[place]
             self._count(tokens[rows], interval.start, interval.stop)
-            some = rack.logits(
-                rack.hidden(
-                    tokens[rows], runs=(interval.start, interval.stop), time=None if time is None else time[rows]
-                )
-            )
+            reading = Reading(tokens, time=time).rows(rows)
+            some = rack.logits(rack(replace(reading, start=interval.start, stop=interval.stop)))
             if logits is None:
                 logits = some.new_empty(len(tokens), *some.shape[1:])
             logits[rows] = some
@@ -82,11 +81,10 @@ class RackDenoiser:
             self._before, self._last, self._stage = self._last, None, self._stage + 1
         if place < self._stage:
             raise ValueError(f"levels must fall; that of Stack {place} came after that of Stack {self._stage}")
-        x = self.rack.embed(tokens)
-        x = x if self._before is None else x + self._before
         self._count(tokens, place, place + 1)
-        self._last = self.rack.advance(x, place, place + 1, time=time)
-        return self.rack.logits(self.rack.finish(self._last))
+        reading = Reading(tokens, boundary=self._before, start=place, stop=place + 1, time=time, finished=False)
+        self._last = self.rack(reading)
+        return self.rack.logits(self.rack(Reading(boundary=self._last, start=place + 1, stop=place + 1)))
 
     def _count(self, tokens: Tensor, start: int, stop: int) -> None:
         self.block_calls += tokens.numel() * sum(len(stack.blocks) for stack in list(self.rack.stacks)[start:stop])
@@ -128,7 +126,7 @@ def generate_blocks(
                 yield tokens
         if cache is not None and start + block_length < T:
             with torch.no_grad():
-                rack.hidden(block, cache=cache)
+                rack(Reading(block, cache=cache))
 
 
 @torch.no_grad()
@@ -138,9 +136,8 @@ def _block_logits(
     """The logits of a block after the finished ones, which ``cache`` holds if there is one."""
     start = before.shape[1]
     if cache is not None:
-        logits = rack.logits(rack.hidden(block, cache=cache))
+        logits = rack.logits(rack(Reading(block, cache=cache)))
         cache.rewind(start)
         return logits
-    place = torch.arange(start + block.shape[1], device=block.device) // block_length
-    hidden = rack.hidden(torch.cat((before, block), dim=1), seen=place[:, None] >= place)
+    hidden = rack(Reading(torch.cat((before, block), dim=1), block_length=block_length))
     return rack.logits(hidden[:, start:])

@@ -6,7 +6,7 @@ B batch, T tokens, C width (``d_model``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,32 @@ from stackwise.model.norms import create_norm
 from stackwise.model.spec import BlockSpec
 
 RopeTables = Mapping[tuple[int, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the Blocks of one pass share beside the hidden state.
+
+    Attributes:
+        attention_mask: boolean (B, T), True where a token is real; with caches (B, all tokens read so far).
+        rope: the rotary tables of the tokens' positions; ``None``: each attention computes its own.
+        seen: (T, T) boolean, which tokens each one sees, in place of the Blocks' attention mode.
+        condition: (B, ``time_dim``), what Blocks are conditioned on.
+        caches: the keys and values of earlier tokens, one for each Block that reads this context; empty: none.
+    """
+
+    attention_mask: Tensor | None = None
+    rope: RopeTables | None = None
+    seen: Tensor | None = None
+    condition: Tensor | None = None
+    caches: tuple[LayerCache, ...] = ()
+
+    def of_blocks(self, first: int, n: int) -> Context:
+        """The context of ``n`` of the Blocks, from the place ``first`` on."""
+        return replace(self, caches=self.caches[first : first + n]) if self.caches else self
+
+
+NO_CONTEXT = Context()
 
 
 class Block(nn.Module):
@@ -40,36 +66,35 @@ class Block(nn.Module):
         """What the Block is, in numbers."""
         return replace(self._spec, attention_mode=self.attention.attention_mode)
 
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        rope: RopeTables | None = None,
-        cache: LayerCache | None = None,
-        seen: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """(B, T, C) → (B, T, C).
 
-        ``condition`` (B, ``time_dim``) scales and shifts what each norm returns, and scales each residual branch, by
-        1 + s and 0 + b with s and b from a linear layer that starts at zero (after DiT's adaLN, 2212.09748 §3.2).
+        The condition scales and shifts what each norm returns, and scales each residual branch, by 1 + s and 0 + b with
+        s and b from a linear layer that starts at zero (after DiT's adaLN, 2212.09748 §3.2).
         """
-        table = rope[self.attention.rope_key] if rope is not None and self.attention.rope_key else None
         h = self.attention_norm(x)
         if self.modulation is None:
-            update = self.attention(_for_products(h), attention_mask, rope=table, cache=cache, seen=seen)
-            x = x + F.dropout(update, self.dropout, self.training)
+            x = x + F.dropout(self._attended(_for_products(h), context), self.dropout, self.training)
             return x + F.dropout(self.ffn(_for_products(self.ffn_norm(x))), self.dropout, self.training)
-        if condition is None:
+        if context.condition is None:
             raise ValueError("the Blocks are conditioned on the noise level; give time")
         scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = (
-            self.modulation(F.silu(condition))[:, None].to(x.dtype).chunk(6, dim=-1)
+            self.modulation(F.silu(context.condition))[:, None].to(x.dtype).chunk(6, dim=-1)
         )
-        h = _for_products(h * (1 + scale) + shift)
-        update = (1 + gate) * self.attention(h, attention_mask, rope=table, cache=cache, seen=seen)
+        update = (1 + gate) * self._attended(_for_products(h * (1 + scale) + shift), context)
         x = x + F.dropout(update, self.dropout, self.training)
         h = _for_products(self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift)
         return x + F.dropout((1 + ffn_gate) * self.ffn(h), self.dropout, self.training)
+
+    def _attended(self, h: Tensor, context: Context) -> Tensor:
+        attention = self.attention
+        return attention(
+            h,
+            context.attention_mask,
+            rope=context.rope[attention.rope_key] if context.rope is not None and attention.rope_key else None,
+            cache=context.caches[0] if context.caches else None,
+            seen=context.seen,
+        )
 
 
 def _for_products(x: Tensor) -> Tensor:

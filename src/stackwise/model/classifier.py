@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from stackwise.model.block import Block, Blocks
+from stackwise.model.block import Block, Blocks, Context
 from stackwise.model.cache import positions_of
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.initialisation import init_weights
@@ -48,7 +48,8 @@ class SequenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) ids and a boolean (B, T), True where a token is real → (B, n_classes) logits."""
         x = self.embedding(input_ids, positions_of(attention_mask))
+        context = Context(attention_mask)
         for block in self.blocks:
-            x = block(x, attention_mask)
+            x = block(x, context)
         real = attention_mask[..., None].to(x.dtype)
         return self.head((x * real).sum(dim=1) / real.sum(dim=1).clamp(min=1.0))

@@ -5,17 +5,21 @@ B batch, T tokens, C width (``d_model``), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from stackwise.model.block import Block, RopeTables
+from stackwise.model.block import Block, Context, RopeTables
 from stackwise.model.cache import KVCache, positions_of
 from stackwise.model.embedding import Head, TimeEmbedding, TokenEmbedding
 from stackwise.model.norms import create_norm
+from stackwise.model.reading import Reading
 from stackwise.model.spec import AttentionMode, RackSpec
 from stackwise.model.stack import ADAPTERS, Stack, Stacks
+from stackwise.ops.attention import block_causal, noised_and_clean
+from stackwise.ops.losses import linear_cross_entropy, linear_cross_entropy_terms
 from stackwise.ops.rope import rope_rows, rope_table
 
 
@@ -73,18 +77,6 @@ class Rack(nn.Module):
     def tied(self) -> bool:
         """Whether the head uses the embedding's table."""
         return self._spec.tie_embeddings
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, C)."""
-        if self.head is None or self.head.weight is None:
-            return self.embedding.table()
-        return self.head.weight
-
-    @property
-    def head_bias(self) -> Tensor | None:
-        """(V,), where the head has one."""
-        return None if self.head is None else self.head.bias
 
     @property
     def device(self) -> torch.device:
@@ -158,131 +150,174 @@ class Rack(nn.Module):
             )
         return KVCache([block.attention.window for block in blocks], max_tokens)
 
+    @torch.no_grad()
+    def extend_vocabulary(self, n: int) -> None:
+        """Adds ``n`` tokens, whose rows in the embedding and the head are the mean of the rows before."""
+
+        def longer(weight: Tensor) -> nn.Parameter:
+            mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
+            rows = torch.cat((weight, mean.expand(n, *weight.shape[1:])))
+            return nn.Parameter(rows, requires_grad=weight.requires_grad)
+
+        self.embedding.weight = longer(self.embedding.weight)
+        self.embedding.num_embeddings += n
+        if self.head is not None:
+            self.head.weight = None if self.head.weight is None else longer(self.head.weight)
+            self.head.bias = None if self.head.bias is None else longer(self.head.bias)
+        self.vocab_size += n
+        self._spec = replace(self._spec, vocab_size=self.vocab_size)
+
+    def forward(self, input_ids: Tensor | Reading, attention_mask: Tensor | None = None) -> Tensor | list[Tensor]:
+        """(B, T) token ids → logits (B, T, V); or a ``Reading`` → the hidden state that it asks for.
+
+        Whatever is computed with a Rack passes here, so that hooks, compilers and wrappers see it. ``logits`` and the
+        two cross-entropies make of the hidden state what a head is for.
+
+        Args:
+            attention_mask: boolean (B, T), True where a token is real; positions are counted over real tokens.
+        """
+        if not isinstance(input_ids, Reading):
+            return self.logits(self._pass(Reading(input_ids, attention_mask)))
+        if input_ids.routes:
+            return self._routed(input_ids)
+        return self._staged(input_ids) if input_ids.stages else self._pass(input_ids)
+
+    def _pass(self, reading: Reading) -> Tensor:
+        """(B, T, C): the embedding, the Stacks that run, and the final norm, of a reading without routes or stages."""
+        B, T = reading.shape
+        ids, mask, cache = reading.ids, reading.attention_mask, reading.cache
+        past, seen = 0, None
+        if cache is not None:
+            if ids is None or reading.block_length is not None:
+                raise ValueError("a key/value cache goes with token ids, and without block_length")
+            past, mask = cache.length, cache.extend_mask(mask, B, T, ids.device)
+        positions = None if mask is None else positions_of(mask)[:, -T:]
+        if reading.clean is not None:
+            assert ids is not None and reading.block_length is not None
+            seen = noised_and_clean(T, reading.block_length, self.device)
+            positions = torch.arange(T, device=self.device)[None] if positions is None else positions
+            ids, positions = torch.cat((ids, reading.clean), dim=1), positions.repeat(1, 2)
+            mask = None if mask is None else mask.repeat(1, 2)
+        elif reading.block_length is not None:
+            seen = block_causal(T, reading.block_length, self.device)
+        x = self._enter(ids, reading.boundary, positions, past)
+        stacks = list(self.stacks)
+        place = sum(len(stack.blocks) for stack in stacks[: reading.start])
+        if running := stacks[reading.start : reading.stop]:
+            context = Context(
+                mask,
+                self._rope_tables(x.shape[1], past, x.device, positions),
+                seen,
+                None if reading.time is None or self.embedding.time is None else self.embedding.time(reading.time),
+                () if cache is None else tuple(cache.layers),
+            )
+            for stack in running:
+                x = stack(x, context.of_blocks(place, len(stack.blocks)))
+                place += len(stack.blocks)
+        if reading.finished:
+            x = self._finish(x)
+        return x if reading.clean is None else x[:, :T]
+
+    def _routed(self, reading: Reading) -> Tensor:
+        """Each row through its own Stacks."""
+        parts, order = [], []
+        for route in reading.routes:
+            index = torch.tensor(route.rows, device=self.device)
+            parts.append(self._pass(replace(reading.rows(index), start=route.start, stop=route.stop)))
+            order.append(index)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _staged(self, reading: Reading) -> list[Tensor]:
+        """h_k = stack_k(h_{k−1} + embed(z_k)), h_{−1} = 0, for the stages z_k = ``ids[:, k]``."""
+        assert reading.ids is not None
+        found: list[Tensor] = []
+        for k, ids in enumerate(reading.ids.unbind(1)):
+            stage = replace(
+                reading,
+                ids=ids,
+                boundary=found[-1] if found else None,
+                start=k,
+                stop=k + 1,
+                time=None if reading.time is None else reading.time[:, k],
+                finished=False,
+            )
+            found.append(self._pass(stage))
+        return [self._finish(found[k]) if reading.finished else found[k] for k in reading.stages]
+
+    def _enter(self, ids: Tensor | None, boundary: Tensor | None, positions: Tensor | None, start: int) -> Tensor:
+        """(B, T, C) before the first Stack that runs; ids are embedded where the embedding waits."""
+        if ids is None:
+            assert boundary is not None
+            return boundary
+        where = self.embedding.weight.device
+        if where == self.device:
+            x = self.embedding(ids, positions, start)
+        else:
+            x = self.embedding(ids.to(where), None if positions is None else positions.to(where), start).to(self.device)
+        return x if boundary is None else x + boundary
+
     def _rope_tables(self, n_tokens: int, start: int, device: torch.device, positions: Tensor | None) -> RopeTables:
         keys = {block.attention.rope_key for block in self.blocks() if block.attention.rope_key is not None}
         if positions is None:
             return {key: rope_table(n_tokens, *key, device, start) for key in keys}
         return {key: rope_rows(rope_table(start + n_tokens, *key, device), positions) for key in keys}
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        boundary: Tensor | None = None,
-        enters: int = 0,
-        *,
-        runs: tuple[int, int] | None = None,
-        time: Tensor | None = None,
-        seen: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T) token ids → (B, T, C): what the head's matrix reads.
-
-        Args:
-            attention_mask: boolean (B, T), True where a token is real; positions are counted over real tokens.
-            cache: what was read before, from ``make_cache``; ``input_ids`` are then the tokens that follow.
-            boundary: (B, T, C), the hidden state of ``input_ids`` after ``enters`` Stacks, which then do not run.
-            runs: (start, stop): only the Stacks at these places run, between embedding and norm. Default all.
-            time: (B,) noise levels in [0, 1], for Blocks that are conditioned on them.
-            seen: (T, T) boolean, which tokens each one sees, in place of the Blocks' attention mode.
-            positions: (B or 1, T) int64, in place of counting.
-        """
-        if cache is not None:
-            return self.finish(self._read(input_ids, attention_mask, cache, time))
-        start, stop = runs or (enters, len(self.stacks))
-        return self.finish(
-            self.advance(
-                self.embed(input_ids, attention_mask, positions) if boundary is None else boundary,
-                start,
-                stop,
-                attention_mask,
-                time=time,
-                seen=seen,
-                positions=positions,
-            )
-        )
-
-    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache, time: Tensor | None) -> Tensor:
-        """The hidden state of tokens that follow those in ``cache``, after the last Stack."""
-        B, T = input_ids.shape
-        start = cache.length
-        attention_mask = cache.extend_mask(attention_mask, B, T, input_ids.device)
-        positions = None if attention_mask is None else positions_of(attention_mask)[:, -T:]
-        rope = self._rope_tables(T, start, input_ids.device, positions)
-        x, done = self.embedding(input_ids, positions, start), 0
-        condition = self.condition(time)
-        for stack in self.stacks:
-            n = len(stack.blocks)
-            x = stack(x, attention_mask, rope, cache.layers[done : done + n], None, condition)
-            done += n
-        return x
-
-    def finish(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Tensor) -> Tensor:
         """(B, T, C) after the last Stack → what the head's matrix reads."""
         x = self.norm(x)
         return x if self.head is None else self.head(x)
 
-    def condition(self, time: Tensor | None) -> Tensor | None:
-        """(B,) noise levels → (B, time_dim): what Blocks are conditioned on, where they are."""
-        return None if time is None or self.embedding.time is None else self.embedding.time(time)
+    def _head(self, classes: int | None) -> tuple[Tensor, Tensor | None]:
+        """The matrix (V, C) of the head and its bias (V,), if it has one; of ``classes`` only so many rows."""
+        own = None if self.head is None else self.head.weight
+        weight: Tensor = self.embedding.table() if own is None else own
+        bias: Tensor | None = None if self.head is None else self.head.bias
+        if classes is None:
+            return weight, bias
+        return weight[:classes], None if bias is None else bias[:classes]
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """(B, T) token ids → (B, T, C), boundary 0."""
-        if positions is None and attention_mask is not None:
-            positions = positions_of(attention_mask)
-        where = self.embedding.weight.device
-        if where == self.device:
-            return self.embedding(input_ids, positions, 0)
-        return self.embedding(input_ids.to(where), None if positions is None else positions.to(where), 0).to(
-            self.device
-        )
+    def logits(self, hidden: Tensor, *, classes: int | None = None) -> Tensor:
+        """(…, C), what ``forward`` gives for a ``Reading`` → (…, V), or (…, N) of the head's first N rows."""
+        weight, bias = self._head(classes)
+        out = torch.matmul(hidden, weight.to(hidden.dtype).T)
+        return out if bias is None else out + bias
 
-    def advance(
+    def cross_entropy(
         self,
-        x: Tensor,
-        start: int,
-        stop: int,
-        attention_mask: Tensor | None = None,
+        hidden: Tensor,
+        targets: Tensor,
+        scale: float = 1.0,
         *,
-        time: Tensor | None = None,
-        seen: Tensor | None = None,
-        positions: Tensor | None = None,
+        weights: Tensor | None = None,
+        excluded: int | None = None,
+        classes: int | None = None,
     ) -> Tensor:
-        """(B, T, C) at boundary ``start`` → (B, T, C) at boundary ``stop``: runs the Stacks between them."""
-        if positions is None and attention_mask is not None:
-            positions = positions_of(attention_mask)
-        rope = self._rope_tables(x.shape[1], 0, x.device, positions)
-        condition = self.condition(time)
-        for stack in list(self.stacks)[start:stop]:
-            x = stack(x, attention_mask, rope, None, seen, condition)
-        return x
-
-    def unroll(
-        self, stages: Sequence[Tensor], attention_mask: Tensor | None = None, *, time: Tensor | None = None
-    ) -> list[Tensor]:
-        """One pass in which Stack k reads the tokens of its own stage beside what Stack k − 1 made of the one before.
-
-        h_k = stack_k(h_{k−1} + embed(z_k)), h_{−1} = 0.
+        """scale · Σ w · cross-entropy over the positions that count; the logits of a large vocabulary come in chunks.
 
         Args:
-            stages: z_0, z_1, …: (B, T) token ids for each of the first Stacks.
-            time: (stages, B) noise levels, for Blocks that are conditioned on them.
-
-        Returns: h_k (B, T, C) of each stage; ``finish`` makes of each what the head's matrix reads.
+            hidden: (…, C), what ``forward`` gives for a ``Reading``.
+            targets: (…) int64; ``IGNORE`` where nothing counts.
+            weights: (…) fp32, w of each position; default 1.
+            excluded: a token that is never predicted: its logit is −∞.
+            classes: only the head's first N rows are predicted; default all.
         """
-        found: list[Tensor] = []
-        for k, input_ids in enumerate(stages):
-            x = self.embed(input_ids, attention_mask)
-            x = x if not found else found[-1] + x
-            found.append(self.advance(x, k, k + 1, attention_mask, time=None if time is None else time[k]))
-        return found
+        weight, bias = self._head(classes)
+        return linear_cross_entropy(
+            hidden.flatten(0, -2),
+            weight,
+            targets.flatten(),
+            scale,
+            bias=bias,
+            weights=None if weights is None else weights.flatten(),
+            excluded=excluded,
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """(B, T) token ids → logits (B, T, V)."""
-        return self.logits(self.hidden(input_ids, attention_mask, cache))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, C), from ``hidden`` → (…, V)."""
-        out = torch.matmul(hidden, self.head_weight.to(hidden.dtype).T)
-        return out if self.head_bias is None else out + self.head_bias
+    def cross_entropy_terms(
+        self, hidden: Tensor, targets: Tensor, *, excluded: int | None = None, classes: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each position (…), and whether its target is the likeliest token; without gradients."""
+        weight, bias = self._head(classes)
+        terms, right = linear_cross_entropy_terms(
+            hidden.flatten(0, -2), weight, targets.flatten(), bias=bias, excluded=excluded
+        )
+        return terms.view_as(targets), right.view_as(targets)

@@ -6,15 +6,13 @@ B batch, T tokens, C width (``d_model``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from stackwise.model.block import Block, Blocks, RopeTables
-from stackwise.model.cache import LayerCache
+from stackwise.model.block import NO_CONTEXT, Block, Blocks, Context
 
 ADAPTERS = ".adapters."
 """In the names of low-rank factors; they are parts of their own, ``adapters.<id>``, beside their Stack's."""
@@ -36,25 +34,16 @@ class Stack(nn.Module):
         self.fetch: Callable[[], Mapping[str, Tensor]] | None = None
         """Gives the tensors of a Stack whose own are elsewhere (on the meta device), for as long as they are used."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        rope: RopeTables | None = None,
-        caches: Sequence[LayerCache] | None = None,
-        seen: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """(B, T, C) → (B, T, C). With ``activation_checkpointing`` the backward pass finds each Block's input only.
 
-        A Stack that is elsewhere is fetched for the forward pass and again for the backward pass, which recomputes it.
+        An offloaded Stack is fetched for the forward pass and again for the backward pass, which recomputes it.
         """
-        rest = (attention_mask, rope, caches, seen, condition)  # without x, which must be free to go
         if self.fetch is None:
-            return self._run(x, *rest)
-        if caches is None and _has_gradients(self, x, condition):
-            return checkpoint(self._run_fetched, x, *rest, use_reentrant=False)
-        return self._run_fetched(x, *rest)
+            return self._run(x, context)
+        if not context.caches and _has_gradients(self, x, context.condition):
+            return checkpoint(self._run_fetched, x, context, use_reentrant=False)
+        return self._run_fetched(x, context)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Name → tensor of all that is the Stack's own: everything but its adapters."""
@@ -66,28 +55,19 @@ class Stack(nn.Module):
         named = self.state_dict(keep_vars=True).items()
         return {name: tensor.detach() for name, tensor in named if f"{ADAPTERS}{kind}." in name}
 
-    def _run_fetched(self, *inputs: Any) -> Tensor:
+    def _run_fetched(self, x: Tensor, context: Context) -> Tensor:
         assert self.fetch is not None
         tensors = {f"stack.{name}": tensor for name, tensor in self.fetch().items()}
-        return functional_call(_Run(self), tensors, inputs)
+        return functional_call(_Run(self), tensors, (x, context))
 
-    def _run(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        rope: RopeTables | None,
-        caches: Sequence[LayerCache] | None,
-        seen: Tensor | None,
-        condition: Tensor | None,
-    ) -> Tensor:
+    def _run(self, x: Tensor, context: Context) -> Tensor:
+        # An offloaded Stack is recomputed as a whole already.
+        again = self.activation_checkpointing and self.fetch is None and not context.caches
         for i, block in enumerate(self.blocks):
-            rest = (attention_mask, rope, None if caches is None else caches[i], seen, condition)
-            # A Stack that was fetched is recomputed as a whole already.
-            again = self.activation_checkpointing and self.fetch is None and caches is None
-            if again and _has_gradients(block, x, condition):
-                x = checkpoint(block, x, *rest, use_reentrant=False)
+            if again and _has_gradients(block, x, context.condition):
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, *rest)
+                x = block(x, context.of_blocks(i, 1))
         return x
 
 
@@ -104,8 +84,8 @@ class _Run(nn.Module):
         super().__init__()
         self.stack = stack
 
-    def forward(self, *args: Any) -> Tensor:
-        return self.stack._run(*args)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.stack._run(x, context)
 
 
 class Stacks(nn.ModuleList):

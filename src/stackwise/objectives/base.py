@@ -6,9 +6,10 @@ B sequences, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,46 +18,28 @@ from torch import Tensor
 
 from stackwise.data.batches import Batch
 from stackwise.model.architecture import Rack
+from stackwise.model.reading import Reading
 from stackwise.objectives.depth import Interval
-from stackwise.ops.losses import IGNORE, linear_cross_entropy, linear_cross_entropy_terms
+from stackwise.ops.losses import IGNORE
 
 Labels = Literal["inputs", "positions", "sequences"]
 """What the labels of a batch are: the inputs themselves, the target of each position, the class of each sequence."""
 
 
 @dataclass(frozen=True)
-class Route:
-    """``rows`` of an example pass the Stacks at the places ``start`` to ``stop`` alone."""
-
-    rows: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Example:
-    """Inputs (B, T) and targets (B, T; ``IGNORE`` where nothing is predicted), and the mask of real tokens, if any.
+    """What the Rack reads, and what it should predict.
 
     Attributes:
-        boundary: (B, T, C), the hidden state of the inputs after ``enters`` Stacks: those do not run.
+        reading: of B rows of T tokens.
+        targets: (B, T) int64; ``IGNORE`` where nothing is predicted. Of sequences: (B,).
         weights: (B, T) fp32, of each position's cross-entropy; ``None``: 1.
-        time: (B,) fp32, the noise level of each row, for a Rack that is conditioned on it.
-        clean: (B, T), the tokens without noise, where the Rack reads them beside the inputs or reveals them by stages.
-        stage: (B, T), with ``clean``: the stage of one pass at which a token is predicted and after which it is shown.
-        routes: the Stacks that each row passes; none: all do.
-        counted: (B,), of how many tokens each row's loss is; ``None``: of the positions that have a target.
+        counted: (B,), the number of tokens that each row's loss is of; ``None``: the positions that have a target.
     """
 
-    inputs: Tensor
+    reading: Reading
     targets: Tensor
-    attention_mask: Tensor | None = None
-    boundary: Tensor | None = None
-    enters: int = 0
     weights: Tensor | None = None
-    time: Tensor | None = None
-    clean: Tensor | None = None
-    stage: Tensor | None = None
-    routes: tuple[Route, ...] = ()
     counted: Tensor | None = None
 
     @property
@@ -64,29 +47,18 @@ class Example:
         """What the loss of the whole example is divided by."""
         return int((self.targets != IGNORE).sum() if self.counted is None else self.counted.sum())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
-
-    def rows(self, index: Tensor | slice) -> Self:
-        """Some of the rows, for which no routes are said."""
-        parts: dict[str, Any] = {name: tensor[index] for name, tensor in self._tensors().items()}
-        return replace(self, **parts, routes=())
+    def _with(self, reading: Reading, change: Callable[[Tensor], Tensor]) -> Self:
+        weights, counted = (None if t is None else change(t) for t in (self.weights, self.counted))
+        return replace(self, reading=reading, targets=change(self.targets), weights=weights, counted=counted)
 
     def micro_batches(self, size: int) -> Iterator[Self]:
         """Slices of ``size`` sequences."""
-        for first in range(0, len(self.inputs), size):
-            within = range(first, first + size)
-            routes = tuple(
-                replace(route, rows=rows)
-                for route in self.routes
-                if (rows := tuple(row - first for row in route.rows if row in within))
-            )
-            yield replace(self.rows(slice(first, first + size)), routes=routes)
+        for first in range(0, len(self.targets), size):
+            rows = slice(first, first + size)
+            yield self._with(self.reading.between(first, first + size), itemgetter(rows))
 
     def to(self, device: torch.device) -> Self:
-        parts: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
-        return replace(self, **parts)
+        return self._with(self.reading.to(device), lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -163,54 +135,24 @@ class CrossEntropyObjective(ABC):
         """The example that ``score`` scores."""
         return self.corrupt(batch)
 
-    def hidden(self, rack: Rack, example: Example) -> Tensor:
-        """(B, T, C): what the head's matrix reads at each position."""
-        if not example.routes:
-            return rack.hidden(
-                example.inputs,
-                example.attention_mask,
-                boundary=example.boundary,
-                enters=example.enters,
-                time=example.time,
-            )
-        parts, order = [], []
-        for route in example.routes:
-            index = torch.tensor(route.rows, device=example.inputs.device)
-            rows = example.rows(index)
-            runs = (route.start, route.stop)
-            parts.append(rack.hidden(rows.inputs, rows.attention_mask, runs=runs, time=rows.time))
-            order.append(index)
-        return torch.cat(parts)[torch.cat(order).argsort()]
-
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
-        weights = None if example.weights is None else example.weights.flatten()
-        return linear_cross_entropy(
-            self.hidden(rack, example).flatten(0, 1),
-            rack.head_weight,
-            example.targets.flatten(),
-            scale,
-            bias=rack.head_bias,
-            weights=weights,
-            excluded=self.excluded,
-        )
+        hidden = rack(example.reading)
+        return rack.cross_entropy(hidden, example.targets, scale, weights=example.weights, excluded=self.excluded)
 
     @torch.no_grad()
     def score(self, rack: Rack, batch: Batch) -> Score:
         example = self.evaluated(batch)
         on_device = example.to(rack.device)
-        terms, right = self.terms(rack, self.hidden(rack, on_device), on_device.targets)
+        terms, right = self.terms(rack, on_device)
         return scored(example, terms, right, self.judged(example))
 
     def judged(self, example: Example) -> Tensor:
         """(B, T): the positions whose likeliest token is compared with the target."""
         return example.targets != IGNORE
 
-    def terms(self, rack: Rack, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, rack: Rack, example: Example) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each position (B, T), and whether its target is the likeliest token."""
-        terms, right = linear_cross_entropy_terms(
-            hidden.flatten(0, 1), rack.head_weight, targets.flatten(), bias=rack.head_bias, excluded=self.excluded
-        )
-        return terms.view_as(targets), right.view_as(targets)
+        return rack.cross_entropy_terms(rack(example.reading), example.targets, excluded=self.excluded)
 
 
 def scored(example: Example, terms: Tensor, right: Tensor, judged: Tensor) -> Score:

@@ -3,6 +3,7 @@
 import torch
 
 from stackwise.data.batches import Batch
+from stackwise.model.reading import Reading
 from stackwise.objectives.base import CrossEntropyObjective, Example
 
 
@@ -14,4 +15,4 @@ class CausalObjective(CrossEntropyObjective):
 
     def corrupt(self, batch: Batch) -> Example:
         tokens = torch.from_numpy(batch.tokens)  # (B, T + 1)
-        return Example(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return Example(Reading(tokens[:, :-1].contiguous()), tokens[:, 1:].contiguous())

@@ -14,8 +14,8 @@ from stackwise.config.objectives import ClassificationConfig
 from stackwise.data.batches import Batch
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
+from stackwise.model.reading import Reading
 from stackwise.objectives.base import CrossEntropyObjective, Example, Labels, Score, scored
-from stackwise.ops.losses import linear_cross_entropy, linear_cross_entropy_terms
 
 
 class ClassificationObjective(CrossEntropyObjective):
@@ -45,20 +45,20 @@ class ClassificationObjective(CrossEntropyObjective):
                 f"labels: {strange[0]} is no class; training.classification.classes is {self.classes}, so they are "
                 f"0 to {self.classes - 1}"
             )
-        return Example(torch.from_numpy(batch.tokens[:, :-1]), torch.from_numpy(batch.targets))
+        return Example(Reading(torch.from_numpy(batch.tokens[:, :-1])), torch.from_numpy(batch.targets))
 
     def typical(self, inputs: Tensor) -> Example:
         """An example of the shapes that a step of sequences (B, T) has."""
-        return Example(inputs, inputs[:, 0])
+        return Example(Reading(inputs), inputs[:, 0])
 
-    def pooled(self, rack: Rack, example: Example) -> Tensor:
+    def pooled(self, rack: Rack, reading: Reading) -> Tensor:
         """(B, C): of each sequence, what the head's matrix reads."""
         if rack.vocab_size < self.classes:
             raise UserError(
                 f"training.classification.classes: {self.classes}, but the head has {rack.vocab_size} rows "
                 "(model.vocab_size)"
             )
-        hidden, mask = self.hidden(rack, example), example.attention_mask
+        hidden, mask = rack(reading), reading.attention_mask
         if self.pooling == "mean":
             if mask is None:
                 return hidden.mean(dim=1)
@@ -69,24 +69,18 @@ class ClassificationObjective(CrossEntropyObjective):
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
         return hidden[torch.arange(len(last), device=mask.device), last]
 
-    def _head(self, rack: Rack) -> tuple[Tensor, Tensor | None]:
-        bias = rack.head_bias
-        return rack.head_weight[: self.classes], None if bias is None else bias[: self.classes]
-
     def logits(self, rack: Rack, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, and a boolean (B, T) where there is padding → (B, N)."""
-        weight, bias = self._head(rack)
-        hidden = self.pooled(rack, Example(input_ids, input_ids[:, 0], attention_mask))
-        return torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+        return rack.logits(self.pooled(rack, Reading(input_ids, attention_mask)), classes=self.classes)
 
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
-        weight, bias = self._head(rack)
-        return linear_cross_entropy(self.pooled(rack, example), weight, example.targets, scale, bias=bias)
+        return rack.cross_entropy(self.pooled(rack, example.reading), example.targets, scale, classes=self.classes)
 
     @torch.no_grad()
     def score(self, rack: Rack, batch: Batch) -> Score:
         example = self.corrupt(batch)
-        on_device, (weight, bias) = example.to(rack.device), self._head(rack)
-        terms, right = linear_cross_entropy_terms(self.pooled(rack, on_device), weight, on_device.targets, bias=bias)
+        on_device = example.to(rack.device)
+        pooled = self.pooled(rack, on_device.reading)
+        terms, right = rack.cross_entropy_terms(pooled, on_device.targets, classes=self.classes)
         judged = torch.ones_like(right[:, None], device="cpu")
-        return scored(Example(example.inputs, example.targets[:, None]), terms[:, None], right[:, None], judged)
+        return scored(Example(example.reading, example.targets[:, None]), terms[:, None], right[:, None], judged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from stackwise.data.batches import Batch
+from stackwise.model.reading import Reading
 from stackwise.objectives.base import CrossEntropyObjective, Example, Labels
 
 
@@ -21,4 +22,4 @@ class CustomObjective(CrossEntropyObjective):
     def corrupt(self, batch: Batch) -> Example:
         if batch.targets is None:
             raise ValueError("the objective custom needs batches with targets (labels)")
-        return Example(torch.from_numpy(batch.tokens[:, :-1]), torch.from_numpy(batch.targets))
+        return Example(Reading(torch.from_numpy(batch.tokens[:, :-1])), torch.from_numpy(batch.targets))

@@ -8,6 +8,7 @@ B sequences, T tokens, S tokens of a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import pairwise
@@ -22,9 +23,10 @@ from stackwise.config.objectives import DiffusionConfig
 from stackwise.data.batches import Batch
 from stackwise.data.masking import count_mask, mask_uniforms, protected, rate_mask
 from stackwise.model.architecture import Rack
-from stackwise.objectives.base import CrossEntropyObjective, Example, Route, Score, scored
+from stackwise.model.reading import Reading, Route
+from stackwise.objectives.base import CrossEntropyObjective, Example, Score, scored
 from stackwise.objectives.depth import Interval, Variant, intervals_of
-from stackwise.ops.losses import IGNORE, linear_cross_entropy
+from stackwise.ops.losses import IGNORE
 from stackwise.randomness import uniform
 
 RATE, BLOCK_RATE = 11, 12
@@ -84,20 +86,21 @@ class DiffusionObjective(CrossEntropyObjective):
         return self.during(intervals_of(self.variant, self.levels, [stack.stack_id for stack in rack.stacks]))
 
     def corrupt(self, batch: Batch) -> Example:
+        if self.variant == "prefix":
+            return self._by_stages(batch)
         return self._noised(batch, self.settings.weighting == "exact_counts", self.settings.weight_power)
 
     def evaluated(self, batch: Batch) -> Example:
+        if self.variant == "prefix":
+            # A Rack that still grows never reveals the tokens of the Stacks to come, which count nowhere.
+            return self._by_stages(batch, self.noise[-1].low)
         # Each draw (an epoch here) moves the rates on by rows: the draws of a sequence are spread over all rates.
         turn = int(batch.epoch[0] * GOLDEN % 1.0 * len(batch.tokens))
         return self._noised(batch, exact=True, power=1.0, turn=turn)
 
     def _noised(self, batch: Batch, exact: bool, power: float, turn: int = 0) -> Example:
         """The example whose loss is a mean over rates of density (2 − power) · rate^(1 − power); power 1: the bound."""
-        tokens = batch.tokens[:, :-1]
-        fixed = protected(tokens, self.special_ids, self.vocab_size)
-        u = mask_uniforms(tokens, batch.epoch, batch.sample, seed=self.seed)
-        if self.variant == "prefix":
-            return self._by_stages(tokens, fixed, u)
+        tokens, fixed, u = self._drawn(batch)
         rows = self.settings.block_length or tokens.shape[1]
         B, n_blocks = len(tokens), tokens.shape[1] // rows
         if n_blocks == 1:
@@ -122,21 +125,27 @@ class DiffusionObjective(CrossEntropyObjective):
         if self.conditioned is not None:
             drawn = torch.from_numpy(level[::n_blocks]).float()
             time = self.masked_share(inputs) if self.conditioned == "masked" else drawn
-        example = Example(
-            inputs,
+        reading = Reading(inputs, time=time, routes=self._routes_of(level) if self.variant is not None else ())
+        if n_blocks > 1:
+            reading = replace(reading, block_length=rows, clean=torch.from_numpy(tokens))
+        return Example(
+            reading,
             torch.from_numpy(np.where(hidden, tokens, IGNORE)),
             weights=torch.from_numpy(np.repeat(weight.reshape(B, n_blocks), rows, axis=1)).float(),
-            time=time,
-            routes=self._routes(level) if self.variant is not None else (),
             counted=torch.from_numpy((~fixed).sum(axis=1)),
         )
-        return example if n_blocks == 1 else replace(example, clean=torch.from_numpy(tokens))
+
+    def _drawn(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
+        """(B, T) each: the tokens, those that are never masked, and a uniform number for each."""
+        tokens = batch.tokens[:, :-1]
+        u = mask_uniforms(tokens, batch.epoch, batch.sample, seed=self.seed)
+        return tokens, protected(tokens, self.special_ids, self.vocab_size), u
 
     def masked_share(self, inputs: Tensor) -> Tensor:
-        """(B, T) tokens → (B,) fp32: mask tokens as a share of all that are masked or could be."""
+        """(…, T) tokens → (…) fp32: mask tokens as a share of all that are masked or could be."""
         fixed = torch.tensor(sorted(self.special_ids - {self.mask_id}), dtype=inputs.dtype, device=inputs.device)
         could_be = ~torch.isin(inputs, fixed)
-        return (inputs == self.mask_id).sum(dim=1) / could_be.sum(dim=1).clamp(min=1)
+        return (inputs == self.mask_id).sum(dim=-1) / could_be.sum(dim=-1).clamp(min=1)
 
     def _rates(self, batch: Batch, n: int) -> NDArray[np.float64]:
         """(B,) rates in (0, 1], one in each of B equal parts of the levels in use, the highest first."""
@@ -152,30 +161,34 @@ class DiffusionObjective(CrossEntropyObjective):
         rates = highs[which] - (place * ends[-1] - ends[which])
         return np.asarray(np.clip(rates, np.nextafter(lows[which], 1.0), highs[which]))
 
-    def _routes(self, rates: NDArray[np.float64]) -> tuple[Route, ...]:
-        """The Stacks that denoise each row, by its rate."""
-        trained = [interval for interval in self.noise if interval.trains]
+    def _routes_of(self, rates: NDArray[np.float64]) -> tuple[Route, ...]:
+        """The Stacks that denoise each row, by its rate: those of the last interval whose upper end is not below."""
+        trained = [self.noise[k] for k in self._trained]
         highs = np.array([interval.high for interval in trained])
-        which = np.maximum((rates[:, None] <= highs).sum(axis=1) - 1, 0)  # the last whose upper end is not below
-        return tuple(
-            Route(tuple(np.flatnonzero(which == k).tolist()), interval.start, interval.stop)
-            for k, interval in enumerate(trained)
-            if (which == k).any()
-        )
+        return _routes(trained, np.maximum((rates[:, None] <= highs).sum(axis=1) - 1, 0))
 
-    def _by_stages(self, tokens: NDArray[np.int64], fixed: NDArray[np.bool_], u: NDArray[np.float64]) -> Example:
-        """Of one pass: the stage of each token, whose targets all stages before it share."""
+    @property
+    def _trained(self) -> tuple[int, ...]:
+        """The places of the intervals whose loss is taken."""
+        return tuple(k for k, interval in enumerate(self.noise) if interval.trains)
+
+    def _by_stages(self, batch: Batch, low: float = 0.0) -> Example:
+        """Of one pass: z_k of each stage, in which the tokens of that stage and of later ones are masked.
+
+        A token belongs to the last stage whose upper end is above its uniform number; it has no target below ``low``.
+        """
+        tokens, fixed, u = self._drawn(batch)
         highs = np.array([interval.high for interval in self.noise])
-        stage = (u[..., None] < highs).sum(axis=-1) - 1  # the last interval whose upper end is above u
-        stage = np.where(fixed, -1, stage)
-        counts = ~fixed
-        if self.noise[-1].low > 0:  # a Rack that still grows: tokens with lower u are never revealed, nor counted alone
-            counts = counts & (u >= self.noise[-1].low)
+        stage = np.where(fixed, -1, (u[..., None] < highs).sum(axis=-1) - 1)
+        hidden = stage[:, None] >= np.arange(len(highs))[:, None]  # (B, K, T)
+        inputs = torch.from_numpy(np.where(hidden, self.mask_id, tokens[:, None]))
+        time = None
+        if self.conditioned is not None:
+            rates = torch.from_numpy(highs).float().expand(len(tokens), -1)
+            time = self.masked_share(inputs) if self.conditioned == "masked" else rates
         return Example(
-            torch.full(tokens.shape, self.mask_id),
-            torch.from_numpy(np.where(counts, tokens, IGNORE)),
-            clean=torch.from_numpy(tokens),
-            stage=torch.from_numpy(stage),
+            Reading(inputs, time=time, stages=self._trained),
+            torch.from_numpy(np.where(~fixed & (u >= low), tokens, IGNORE)),
             counted=torch.from_numpy((~fixed).sum(axis=1)),
         )
 
@@ -183,67 +196,39 @@ class DiffusionObjective(CrossEntropyObjective):
         """An example of the shapes that a step of sequences (B, T) has; the Stacks share rows by their intervals."""
         B, T = inputs.shape
         ones = torch.ones(B, T)
-        trained = [interval for interval in self.noise if interval.trains]
-        ends = np.cumsum([interval.width for interval in trained])
-        which = np.searchsorted(ends, (np.arange(B) + 0.5) / B * (ends[-1] if trained else 1.0))
-        staged, blocks = self.variant == "prefix", self.settings.block_length not in (None, T)
-        return Example(
-            inputs,
-            inputs,
-            weights=None if staged else ones,
-            time=None if self.conditioned is None else ones[:, 0],
-            clean=inputs if staged or blocks else None,
-            stage=inputs if staged else None,
-            routes=()
-            if staged
-            else tuple(
-                Route(tuple(np.flatnonzero(which == k).tolist()), interval.start, interval.stop)
-                for k, interval in enumerate(trained)
-                if (which == k).any()
-            ),
-        )
-
-    def stages(self, example: Example) -> list[Tensor]:
-        """z_k (B, T) of each stage: tokens of later stages, and of this one, are masked."""
-        assert example.clean is not None and example.stage is not None
-        return [
-            torch.where(example.stage >= k, self.mask_id, example.clean) for k in range(len(self.noise))
-        ]  # fmt: skip
-
-    def _stage_times(self, stages: list[Tensor]) -> Tensor | None:
-        if self.conditioned is None:
-            return None
-        if self.conditioned == "masked":
-            return torch.stack([self.masked_share(z) for z in stages])
-        highs = torch.tensor([interval.high for interval in self.noise], device=stages[0].device)
-        return highs[:, None].expand(-1, len(stages[0]))
+        if self.variant == "prefix":
+            K = len(self.noise)
+            time = None if self.conditioned is None else torch.ones(B, K)
+            return Example(Reading(inputs[:, None].repeat(1, K, 1), time=time, stages=self._trained), inputs)
+        reading = Reading(inputs, time=None if self.conditioned is None else ones[:, 0])
+        if self.settings.block_length not in (None, T):
+            reading = replace(reading, block_length=self.settings.block_length, clean=inputs)
+        if trained := [self.noise[k] for k in self._trained]:
+            ends = np.cumsum([interval.width for interval in trained])
+            which = np.searchsorted(ends, (np.arange(B) + 0.5) / B * ends[-1])
+            reading = replace(reading, routes=_routes(trained, which))
+        return Example(reading, inputs, weights=ones)
 
     def loss(self, rack: Rack, example: Example, scale: float) -> Tensor:
         if self.variant != "prefix":
             return super().loss(rack, example, scale)
-        stages = self.stages(example)
-        assert example.clean is not None
-        hidden = rack.unroll(stages, example.attention_mask, time=self._stage_times(stages))
-        width = sum(interval.width for interval in self.noise if interval.trains)
+        hidden, stages = rack(example.reading), example.reading.stages
+        width = sum(self.noise[k].width for k in stages)
         total = torch.zeros((), device=rack.device)
-        for z, h, interval in zip(stages, hidden, self.noise):
-            if interval.trains:  # (r_k − r_{k+1}) / r_k of all that is masked, as a mean over the levels that train
-                targets = torch.where(z == self.mask_id, example.clean, IGNORE)
-                total = total + linear_cross_entropy(
-                    rack.finish(h).flatten(0, 1), rack.head_weight, targets.flatten(),
-                    scale * interval.width / interval.high / width, bias=rack.head_bias, excluded=self.excluded,
-                )  # fmt: skip
+        for k in stages:  # (r_k − r_{k+1}) / r_k of all that is masked, as a mean over the levels that train
+            interval, masked = self.noise[k], self._masked(example)[:, k]
+            total = total + rack.cross_entropy(
+                hidden.pop(0),  # one stage after another goes, once its loss is known
+                torch.where(masked, example.targets, IGNORE),
+                scale * interval.width / interval.high / width,
+                excluded=self.excluded,
+            )
         return total
 
-    def hidden(self, rack: Rack, example: Example) -> Tensor:
-        if example.clean is None:
-            return super().hidden(rack, example)
-        T = example.inputs.shape[1]
-        assert self.settings.block_length is not None
-        both = torch.cat((example.inputs, example.clean), dim=1)
-        positions = torch.arange(T, device=both.device).repeat(2)[None]
-        seen = noised_and_clean(T, self.settings.block_length, both.device)
-        return rack.hidden(both, positions=positions, seen=seen, time=example.time)[:, :T]
+    def _masked(self, example: Example) -> Tensor:
+        """(B, K, T) boolean, of one pass: the tokens that are masked in each stage."""
+        assert example.reading.ids is not None
+        return example.reading.ids == self.mask_id
 
     @torch.no_grad()
     def score(self, rack: Rack, batch: Batch) -> Score:
@@ -253,29 +238,24 @@ class DiffusionObjective(CrossEntropyObjective):
         """
         objective = self.of(rack)
         example = objective.evaluated(batch)
-        on_device = example.to(rack.device)
-        if self.variant == "prefix":
-            terms, right = objective._stage_terms(rack, on_device)
-        else:
-            terms, right = objective.terms(rack, objective.hidden(rack, on_device), on_device.targets)
+        terms, right = objective.terms(rack, example.to(rack.device))
         score = scored(example, terms, right, objective.judged(example))
-        there = (example.targets != IGNORE).numpy()
-        masked = there.sum(axis=1)
+        masked = (example.targets != IGNORE).numpy().sum(axis=1)
         if self.variant == "prefix":
             return replace(score, tokens=masked)
         means = terms.cpu().double().numpy().sum(axis=1) / np.maximum(masked, 1)
         return replace(score, rates=masked / np.maximum(1, score.tokens), means=means)
 
-    def _stage_terms(self, rack: Rack, example: Example) -> tuple[Tensor, Tensor]:
-        """Every token is scored once, at its own stage: an unbiased draw of the bound of as many steps as Stacks."""
-        stages = self.stages(example)
-        assert example.stage is not None
-        hidden = rack.unroll(stages, example.attention_mask, time=self._stage_times(stages))
-        terms = torch.zeros(example.inputs.shape, device=rack.device)
-        right = torch.zeros(example.inputs.shape, dtype=torch.bool, device=rack.device)
-        for k, h in enumerate(hidden):
-            targets = torch.where(example.stage == k, example.targets, IGNORE)
-            more, correct = self.terms(rack, rack.finish(h), targets)
+    def terms(self, rack: Rack, example: Example) -> tuple[Tensor, Tensor]:
+        """In one pass every token is scored at its own stage: a draw of the bound of as many steps as Stacks."""
+        if self.variant != "prefix":
+            return super().terms(rack, example)
+        own = self._masked(example).sum(dim=1) - 1
+        terms = torch.zeros(own.shape, device=rack.device)
+        right = torch.zeros(own.shape, dtype=torch.bool, device=rack.device)
+        for k, hidden in zip(example.reading.stages, rack(example.reading)):
+            targets = torch.where(own == k, example.targets, IGNORE)
+            more, correct = rack.cross_entropy_terms(hidden, targets, excluded=self.excluded)
             terms, right = terms + more, right | correct
         return terms, right
 
@@ -286,13 +266,10 @@ def _covers(noise: tuple[Interval, ...]) -> bool:
     return joined and noise[0].high == 1.0 and noise[-1].low == 0.0
 
 
-def noised_and_clean(n_tokens: int, block_length: int, device: torch.device) -> Tensor:
-    """(2T, 2T) boolean: which tokens each of [noised, clean] sees, in one pass over all blocks (2503.09573 §3.1).
-
-    A noised token sees its own block's noised tokens and the clean ones of earlier blocks; a clean one its own and
-    earlier blocks' clean ones.
-    """
-    block = torch.arange(n_tokens, device=device) // block_length
-    same, earlier = block[:, None] == block, block[:, None] > block
-    none = torch.zeros_like(same)
-    return torch.cat((torch.cat((same, earlier), dim=1), torch.cat((none, same | earlier), dim=1)))
+def _routes(intervals: Sequence[Interval], which: NDArray[np.intp]) -> tuple[Route, ...]:
+    """The routes of rows whose levels lie in the intervals at the places ``which``."""
+    return tuple(
+        Route(tuple(np.flatnonzero(which == k).tolist()), interval.start, interval.stop)
+        for k, interval in enumerate(intervals)
+        if (which == k).any()
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from stackwise.config.objectives import MaskingConfig
 from stackwise.data.batches import Batch
 from stackwise.data.masking import bert_mask
+from stackwise.model.reading import Reading
 from stackwise.objectives.base import CrossEntropyObjective, Example
 from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
@@ -79,8 +80,8 @@ class MaskedObjective(CrossEntropyObjective):
             special_ids=self.special_ids,
             vocab_size=self.vocab_size,
         )
-        return Example(torch.from_numpy(inputs), torch.from_numpy(targets))
+        return Example(Reading(torch.from_numpy(inputs)), torch.from_numpy(targets))
 
     def judged(self, example: Example) -> Tensor:
         """The masked ones: of those that stayed as they were, the target is in sight."""
-        return (example.targets != IGNORE) & (example.inputs == self.mask_id)
+        return (example.targets != IGNORE) & (example.reading.ids == self.mask_id)

@@ -43,6 +43,24 @@ def _kind(x: Tensor) -> str:
     return _planned or x.device.type
 
 
+def block_causal(n_tokens: int, block_length: int, device: torch.device) -> Tensor:
+    """(T, T) boolean: a token sees its own block and the blocks before it."""
+    block = torch.arange(n_tokens, device=device) // block_length
+    return block[:, None] >= block
+
+
+def noised_and_clean(n_tokens: int, block_length: int, device: torch.device) -> Tensor:
+    """(2T, 2T) boolean: which tokens each of [noised, clean] sees, in one pass over all blocks (2503.09573 §3.1).
+
+    A noised token sees its own block's noised tokens and the clean ones of earlier blocks; a clean one its own and
+    earlier blocks' clean ones.
+    """
+    block = torch.arange(n_tokens, device=device) // block_length
+    same, earlier = block[:, None] == block, block[:, None] > block
+    none = torch.zeros_like(same)
+    return torch.cat((torch.cat((same, earlier), dim=1), torch.cat((none, same | earlier), dim=1)))
+
+
 def attend(
     q: Tensor,
     k: Tensor,

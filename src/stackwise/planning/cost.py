@@ -28,6 +28,7 @@ from stackwise.growth.rack_builder import set_trainable
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
 from stackwise.model.block import Block
 from stackwise.model.linear import LowRank, linears
+from stackwise.model.reading import Reading
 from stackwise.model.spec import BlockSpec
 from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.depth import levels_of
@@ -35,7 +36,6 @@ from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.ops.attention import planned_for
 from stackwise.ops.boundary import BoundaryLayout, boundary_format
 from stackwise.ops.coding import CODING
-from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.precision import autocast, resolve_device
 from stackwise.ops.repeats import Counting
 from stackwise.optim.kinds import Optimizer, optimizer_of
@@ -220,12 +220,10 @@ def measure_segments(
     with ledger:
         with autocast(torch.device("cpu"), compute_dtype):
             if loss_of is None:
-                hidden = rack.hidden(inputs, boundary=boundary)
+                hidden = rack(Reading(inputs) if boundary is None else Reading(boundary=boundary))
                 activations = ledger.live
                 ledger.mark()
-                loss = linear_cross_entropy(
-                    hidden.flatten(0, 1), rack.head_weight, inputs.flatten(), bias=rack.head_bias
-                )
+                loss = rack.cross_entropy(hidden, inputs)
                 logits = ledger.mark() - activations
                 del hidden
             else:
@@ -574,7 +572,7 @@ class PhaseCoster:
         rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
         tokens = torch.zeros(self._micro, self.config.training.seq_len, dtype=torch.int64)
         with Ledger() as ledger, torch.no_grad(), autocast(torch.device("cpu"), self.compute_dtype):
-            rack.embed(tokens)
+            rack(Reading(tokens, stop=0, finished=False))
         return ledger.flops
 
     def _coding_flops(self) -> tuple[Flops, Flops]:
@@ -615,7 +613,7 @@ class PhaseCoster:
             for tensor in (*stack.state_dict().values(), x):
                 ledger.ignore(tensor)
             with ledger, autocast(torch.device("cpu"), self.compute_dtype):
-                rack.advance(x, 0, 1)
+                rack(Reading(boundary=x, stop=1, finished=False))
             stored = sum(_bytes(t) for t in stack.state_dict().values())
             own = sum(_bytes(t) for t in stack.own_tensors().values())
             self._facts[key] = _StackFacts(stored, own, parameters_of(stack), ledger.flops, ledger.peak + _bytes(x))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig, read_yaml
 from stackwise.errors import UserError
@@ -93,28 +89,8 @@ def initial_rack(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: in
     if rows + 1 != vocab_size:
         return rack_of_checkpoint(checkpoint, config, vocab_size)
     rack = rack_of_checkpoint(checkpoint, config, rows)
-    add_rows(rack, 1)
+    rack.extend_vocabulary(1)
     return rack
-
-
-@torch.no_grad()
-def add_rows(rack: Rack, n: int) -> None:
-    """Gives the vocabulary of ``rack`` ``n`` more tokens: in embedding and head, the mean of those that there are."""
-
-    def longer(weight: Tensor) -> torch.nn.Parameter:
-        mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
-        rows = torch.cat((weight, mean.expand(n, *weight.shape[1:])))
-        return torch.nn.Parameter(rows, requires_grad=weight.requires_grad)
-
-    rack.embedding.weight = longer(rack.embedding.weight)
-    rack.embedding.num_embeddings += n
-    if rack.head is not None:
-        if rack.head.weight is not None:
-            rack.head.weight = longer(rack.head.weight)
-        if rack.head.bias is not None:
-            rack.head.bias = longer(rack.head.bias)
-    rack.vocab_size += n
-    rack._spec = replace(rack._spec, vocab_size=rack.vocab_size)
 
 
 def initial_stacks(config: StackWiseConfig) -> tuple[int, ...]:

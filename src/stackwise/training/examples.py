@@ -12,6 +12,7 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.growth.phases import Phase
 from stackwise.model.rack import Rack
+from stackwise.model.reading import Reading
 from stackwise.model.stack import Stack
 from stackwise.objectives.base import Example, Objective
 from stackwise.ops.boundary import round_boundary
@@ -71,7 +72,8 @@ class PhaseExamples:
             return example
         assert self._compute is not None
         boundary = next(self._reader) if self._reader is not None else self._compute.recomputed(number, self._enters)
-        return replace(example, boundary=boundary, enters=self._enters)
+        reading = replace(example.reading, ids=None, boundary=boundary, start=self._enters)
+        return replace(example, reading=reading)
 
     def __enter__(self) -> Self:
         return self
@@ -159,14 +161,21 @@ class Boundaries:
     @torch.no_grad()
     def _embedded(self, number: int) -> Tensor:
         example = self.source.example(number).to(self.device)
-        if example.attention_mask is not None:
+        if example.reading.attention_mask is not None:
             raise ValueError("a boundary holds whole batches; padded ones (with an attention mask) enter as tokens")
         with autocast(self.device, self.compute_dtype):
-            return torch.cat([self.rack.embed(micro.inputs) for micro in example.micro_batches(self._micro)])
+            parts = [
+                self.rack(replace(micro.reading, stop=0, finished=False))
+                for micro in example.micro_batches(self._micro)
+            ]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _advanced(self, position: int, x: Tensor) -> Tensor:
         """``x`` (B, T, C) at boundary ``position``, after the Stack there has run; in micro-batches, as in a step."""
         with autocast(self.device, self.compute_dtype):
-            parts = [self.rack.advance(part, position, position + 1) for part in x.split(self._micro)]
+            parts = [
+                self.rack(Reading(boundary=part, start=position, stop=position + 1, finished=False))
+                for part in x.split(self._micro)
+            ]
         return torch.cat(parts).float()

@@ -277,7 +277,7 @@ class Loop:
             raise RunError(f"step {state.step}: no token of the batch counts in the loss; raise batch_size or seq_len")
         example = example.to(self.device)
         total = torch.zeros((), device=self.device)
-        micro_batches = list(example.micro_batches(training.micro_batch_size or len(example.inputs)))
+        micro_batches = list(example.micro_batches(training.micro_batch_size or len(example.targets)))
         for i, micro in enumerate(micro_batches):
             with autocast(self.device, self.compute_dtype):
                 loss = self._of_phase[1].loss(self.rack, micro, 1.0 / count)
@@ -304,7 +304,7 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
         if not check.done:
             check.after_step()
-        return loss_value, norm_value, example.inputs.numel()
+        return loss_value, norm_value, math.prod(example.reading.shape)
 
     @property
     def _away_on_disk(self) -> bool:

@@ -108,18 +108,18 @@ class IterableSource:
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
         given = labels.long().numpy() if kind != "inputs" and labels is not None else None
-        if kind == "sequences":
-            example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
-            return replace(example, attention_mask=None if mask is None else real)
         example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
-        if example.weights is not None or example.clean is not None:
+        reading = replace(example.reading, attention_mask=None if mask is None else real)
+        if kind == "sequences":
+            return replace(example, reading=reading)
+        if example.counted is not None:
             if mask is not None or bool((~counts).any()):
                 raise UserError("the objective diffusion takes batches without padding, all of whose tokens count")
             return example
         shifted = real & torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
         counted = shifted if self._objective.predicts_every_token else counts
         targets = torch.where(counted, example.targets, IGNORE)
-        return replace(example, targets=targets, attention_mask=None if mask is None else real)
+        return replace(example, targets=targets, reading=reading)
 
     def _next(self) -> Any:
         for attempt in range(2):
