@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stackwise.data.corpora import open_files
+from stackwise.data.files import open_files
 from stackwise.data.tokenizers import ByteTokenizer, load_tokenizer, open_pretrained
 from stackwise.errors import RunError, UserError
 from stackwise.growth.adapters import load_adapters

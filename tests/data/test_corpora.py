@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from stackwise.config.data import DataConfig
-from stackwise.data import corpora
-from stackwise.data.corpora import PIECE, open_corpus
+from stackwise.data import files as file_corpora
+from stackwise.data import library
+from stackwise.data.corpora import open_corpus
+from stackwise.data.corpus import PIECE, Corpus
 from stackwise.errors import RunError, UserError
 
 
@@ -19,7 +21,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
 
 
-def files(path, **settings) -> corpora.Corpus:
+def files(path, **settings) -> Corpus:
     path = [str(p) for p in path] if isinstance(path, list) else str(path)
     return open_corpus(DataConfig.model_validate({"source": "files", "path": path, **settings}))
 
@@ -139,12 +141,12 @@ def test_library_files_that_are_not_utf8_are_left_out(tmp_path, monkeypatch) -> 
     write(tmp_path / "lib" / "pkg" / "tests" / "c.py", "c")
     write(tmp_path / "lib" / "B.py", "B")
     write(tmp_path / "lib" / "empty.py", "")
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr(library.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     assert texts(open_corpus(DataConfig())) == ["B", "a = 'ü'"]
 
 
 def test_a_python_without_its_sources_says_what_to_set(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(library.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "data.source=files" in error_of(lambda: open_corpus(DataConfig()))
 
 
@@ -251,11 +253,11 @@ def test_fingerprint_follows_content_order_and_reading_and_no_names(tmp_path) ->
 
 def test_unchanged_files_are_hashed_once_and_changed_ones_again(tmp_path, monkeypatch) -> None:
     paths = [write(tmp_path / f"{name}.txt", name) for name in "abc"]
-    monkeypatch.setattr(corpora, "_SETTLED_NS", -1)
+    monkeypatch.setattr(file_corpora, "_SETTLED_NS", -1)
     hashed = []
-    original = corpora._hash_file
+    original = file_corpora._hash_file
     monkeypatch.setattr(
-        corpora, "_hash_file", lambda path, advance: hashed.append(path.name) or original(path, advance)
+        file_corpora, "_hash_file", lambda path, advance: hashed.append(path.name) or original(path, advance)
     )
     first = files(paths).fingerprint()
     assert files(paths).fingerprint() == first and hashed == ["a.txt", "b.txt", "c.txt"]
@@ -265,7 +267,7 @@ def test_unchanged_files_are_hashed_once_and_changed_ones_again(tmp_path, monkey
 
 def test_the_hash_of_a_file_that_has_just_changed_is_not_remembered(tmp_path, monkeypatch) -> None:
     now = time.time_ns()
-    monkeypatch.setattr(corpora, "_state", lambda path: [3, now, now])  # a clock that stands still
+    monkeypatch.setattr(file_corpora, "_state", lambda path: [3, now, now])  # a clock that stands still
     path = write(tmp_path / "a.txt", "old")
     first = files(path).fingerprint()
     write(path, "new")
@@ -274,7 +276,7 @@ def test_the_hash_of_a_file_that_has_just_changed_is_not_remembered(tmp_path, mo
 
 def test_a_damaged_memo_of_hashes_changes_nothing(tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "a.txt", "text")
-    monkeypatch.setattr(corpora, "_SETTLED_NS", -1)
+    monkeypatch.setattr(file_corpora, "_SETTLED_NS", -1)
     first = files(path).fingerprint()
     (memo,) = (tmp_path / "cache" / "hashes").iterdir()
     for content in ("{", "[]", "3", json.dumps({str(path): 7}), json.dumps({str(path): {}}), "\xff"):
@@ -284,7 +286,7 @@ def test_a_damaged_memo_of_hashes_changes_nothing(tmp_path, monkeypatch) -> None
 
 def test_a_memo_that_a_killed_process_left_half_written_goes_with_the_next(tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "a.txt", "text")
-    monkeypatch.setattr(corpora, "_SETTLED_NS", -1)
+    monkeypatch.setattr(file_corpora, "_SETTLED_NS", -1)
     files(path).fingerprint()
     (memo,) = (tmp_path / "cache" / "hashes").iterdir()
     half = memo.with_name(f".{memo.name}.0123456789abcdef.tmp")
@@ -295,10 +297,10 @@ def test_a_memo_that_a_killed_process_left_half_written_goes_with_the_next(tmp_p
 
 def test_progress_of_the_fingerprint_ends_at_the_whole(tmp_path) -> None:
     calls = []
-    write(tmp_path / "f" / "a.txt", "x" * (3 * corpora._HASH_CHUNK + 5))
+    write(tmp_path / "f" / "a.txt", "x" * (3 * file_corpora._HASH_CHUNK + 5))
     write(tmp_path / "f" / "b.txt", "y" * 7)
     files(tmp_path / "f").fingerprint(lambda *call: calls.append(call))
-    total = 3 * corpora._HASH_CHUNK + 12
+    total = 3 * file_corpora._HASH_CHUNK + 12
     assert calls[-1] == ("checking the text", total, total)
     assert len(calls) > 4 and [c[1] for c in calls] == sorted(c[1] for c in calls)
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from stackwise.config.data import DataConfig
-from stackwise.data import corpora, store
+from stackwise.data import corpus, store
+from stackwise.data import files as file_corpora
+from stackwise.data import records as file_records
 from stackwise.data.store import encode_files, prepare
 from stackwise.data.tokenizers import ByteTokenizer
 from stackwise.errors import RunError, UserError
@@ -109,7 +111,7 @@ def test_documents_that_cannot_be_parted_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
-@pytest.mark.parametrize("n", [2, 10, 1009, 3 * corpora.PIECE + 7])
+@pytest.mark.parametrize("n", [2, 10, 1009, 3 * corpus.PIECE + 7])
 def test_tail_of_one_document_is_exactly_its_last_tenth(tmp_path, n, kind) -> None:
     text = "".join(chr(97 + i % 23) if i % 61 else "\n" for i in range(n))
     (tmp_path / "a.txt").write_text(text)
@@ -266,8 +268,9 @@ def test_progress_is_told_in_bytes_and_ends_at_the_whole(tmp_path, monkeypatch) 
     path = tmp_path / "a.txt"
     path.write_text("some text, line by line\n" * 5003)
     for module, name in (
-        (corpora, "PIECE"),
-        (corpora, "_HASH_CHUNK"),
+        (corpus, "PIECE"),
+        (file_records, "PIECE"),
+        (file_corpora, "_HASH_CHUNK"),
         (store, "_REPORT_BYTES"),
         (store, "_BATCH_CHARACTERS"),
     ):
@@ -532,7 +535,7 @@ def test_encoded_files_are_their_documents_and_bytes(tmp_path, kind) -> None:
     texts = documents(23)
     path = records(tmp_path / "a.jsonl", texts)
     tokenizer = prepare(config(path, kind)).tokenizer
-    long = "a stack\n" * (corpora.PIECE // 4)
+    long = "a stack\n" * (corpus.PIECE // 4)
     (tmp_path / "b.txt").write_text(long)
     tokens, n_bytes = encode_files([str(path), str(tmp_path / "b.txt")], tokenizer, "text")
     assert decoded(tokens, tokenizer) == [*texts, long]

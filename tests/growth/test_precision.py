@@ -5,9 +5,10 @@ import torch
 
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.rack_builder import set_trainable
+from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_simple_rack
 from stackwise.model.linear import linears
-from stackwise.ops.storage import STORAGES
+from stackwise.ops.storage import storage_of
 from variants import BLOCKS, rack_of
 
 MANAGER = PrecisionManager()
@@ -28,7 +29,7 @@ def test_a_stored_stack_takes_the_bytes_of_its_format(precision):
     assert parameters_of(stack) == parameters  # however they are stored
     held = sum(t.numel() * t.element_size() for t in stack.state_dict().values())
     norms = 2 * 64 * 4
-    assert held - norms == pytest.approx(weights * STORAGES[precision].bytes_per_weight, rel=0.05)
+    assert held - norms == pytest.approx(weights * storage_of(precision).bytes_per_weight, rel=0.05)
 
 
 def test_a_frozen_trunk_in_four_bits_takes_less_than_sixteen_hundredths_of_fp32():

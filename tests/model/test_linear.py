@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stackwise.kinds import STORAGES
 from stackwise.model.linear import Linear, LowRank
-from stackwise.ops.storage import STORAGES
 
 N_IN, N_OUT = 37, 23
 

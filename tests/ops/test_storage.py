@@ -1,15 +1,14 @@
 """Stored matrices: their bytes, their errors, and plain references."""
 
 import math
-import typing
 from itertools import pairwise
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stackwise.config.growth import TRAINABLE_PRECISIONS, PrecisionName
-from stackwise.ops.storage import E2M1, NF4, STORAGES
+from stackwise.kinds import STORAGES
+from stackwise.ops.storage import E2M1, NF4, storage_of
 
 BLOCKS = {"fp8": 128, "int8": 128, "nf4": 64, "nvfp4": 16}
 """Weights that share a scale, by storage."""
@@ -17,11 +16,11 @@ DTYPES = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat
 
 
 def encode(weight, precision):
-    return STORAGES[precision].encode(weight)
+    return storage_of(precision).encode(weight)
 
 
 def bytes_per_weight(precision):
-    return STORAGES[precision].bytes_per_weight
+    return storage_of(precision).bytes_per_weight
 
 
 def drawn(*shape, seed=0):
@@ -33,7 +32,7 @@ def size(stored):
 
 
 def through(weight, precision):
-    return STORAGES[precision].decode(encode(weight, precision), weight.shape, torch.float32)
+    return storage_of(precision).decode(encode(weight, precision), weight.shape, torch.float32)
 
 
 def blocks(weight, n):
@@ -56,10 +55,11 @@ def test_four_bits_take_less_than_sixteen_hundredths_of_fp32():
     assert [bytes_per_weight(p) for p in ("full", "half", "bfloat16")] == [4, 2, 2]
 
 
-def test_a_config_allows_the_storages_that_there_are_and_trains_those_that_train():
-    assert typing.get_args(PrecisionName) == tuple(STORAGES) and {*BLOCKS, *DTYPES} == set(STORAGES)
-    assert tuple(name for name, storage in STORAGES.items() if storage.trains) == TRAINABLE_PRECISIONS
-    for name, storage in STORAGES.items():
+def test_a_storage_makes_the_tensors_that_it_names_and_those_that_train_are_a_parameter_of_few_rounding_errors():
+    assert {*BLOCKS, *DTYPES} == set(STORAGES)
+    assert [name for name, kind in STORAGES.items() if kind.trains] == ["full", "bfloat16"]
+    for name in STORAGES:
+        storage = storage_of(name)
         assert tuple(storage.encode(drawn(3, 5))) == storage.names, name
 
 

@@ -1,7 +1,5 @@
 """Each optimizer does what its name says, with the state that is planned for it, inside the backward pass too."""
 
-import typing
-
 import pytest
 import torch
 from torch import nn
@@ -12,10 +10,11 @@ from stackwise.config.optimization import OptimizerConfig
 from stackwise.errors import ConfigError
 from stackwise.growth.adapters import add_adapter
 from stackwise.growth.phases import Adapter
+from stackwise.kinds import OPTIMIZERS
 from stackwise.model.architecture import create_simple_rack
 from stackwise.optim import stored_adamw
 from stackwise.optim.create import InBackward, Several, create_optimizer
-from stackwise.optim.kinds import OPTIMIZERS, optimizer_of
+from stackwise.optim.kinds import optimizer_of
 from stackwise.optim.stored_adamw import StoredAdamW, round_at_random
 from stackwise.training.optimizers import flatten, moments_of, set_moments, trained_parameters, unflatten
 
@@ -59,10 +58,6 @@ def steps(model, optimizer, first, n):
         backward(model, step)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def test_a_config_allows_the_kinds_that_there_are():
-    assert typing.get_args(OptimizerConfig.model_fields["optimizer_type"].annotation) == tuple(OPTIMIZERS)
 
 
 class Watched:

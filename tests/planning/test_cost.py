@@ -9,11 +9,11 @@ from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Phase, Schedule
 from stackwise.growth.rack_builder import prepare_phase, set_trainable
+from stackwise.kinds import STORAGES
 from stackwise.model.architecture import Stacks, create_rack_from_config, create_simple_rack
 from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.precision import autocast
-from stackwise.ops.storage import STORAGES
 from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_segments
 from stackwise.planning.plan import Plan, plan_phases
 from stackwise.training.offload import Offload

@@ -33,7 +33,9 @@ SMALL = {
     ],
 )
 def test_a_size_beyond_any_machine_names_what_is_allowed(setting: str, allowed: str) -> None:
-    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .* out of range; must be {allowed}(, or null)?$"):
+    with pytest.raises(
+        UserError, match=f"{setting.partition('=')[0]}: .* out of range; must be {allowed}(, or null)?$"
+    ):
         StackWiseConfig.from_dict(SMALL, [setting])
 
 

@@ -11,10 +11,10 @@ from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
 from stackwise.growth.rack_builder import insert_stacks, make_stacks, prepare_phase
 from stackwise.growth.recipes import RECIPES, apply_recipe
+from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
-from stackwise.ops.storage import STORAGES
 from stackwise.store.checkpoints import CheckpointStore
 from stackwise.store.objects import weights_sha256
 from stackwise.store.rundir import RunDir

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from stackwise.config.section import Section, Size, as_tuple, conflict
+from stackwise.kinds import CORPORA
+
+if TYPE_CHECKING:
+    SourceName = str
+else:
+    SourceName = Literal[tuple(CORPORA)]
 
 
 class TokenizerConfig(Section):
@@ -26,7 +32,7 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    source: Literal["python-stdlib", "files", "huggingface"] = Field(
+    source: SourceName = Field(
         "python-stdlib",
         description="python-stdlib: the library sources on this machine; files: local files (path); huggingface: a "
         "data set (path)",
@@ -54,10 +60,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source != "python-stdlib" and not self.path:
+        takes = CORPORA[self.source].path_takes
+        if takes is not None and not self.path:
             raise conflict("path", f"must be set when source is {self.source}")
-        if self.source == "huggingface" and not isinstance(self.path, str):
+        if takes == "name" and not isinstance(self.path, str):
             raise conflict(
-                "path", f"{list(self.path or ())!r} must be the name of one data set when source is huggingface"
+                "path", f"{list(self.path or ())!r} must be the name of one data set when source is {self.source}"
             )
         return self

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.section import Fraction, PositiveInt, Section, Size, Stacks, as_tuple, conflict
+from stackwise.kinds import STORAGES
 
-PrecisionName = Literal["full", "half", "bfloat16", "fp8", "int8", "nf4", "nvfp4"]
-TRAINABLE_PRECISIONS = ("full", "bfloat16")
-"""Storage of weights that can train: the others are too coarse for an update, or (half) would need loss scaling."""
+if TYPE_CHECKING:
+    PrecisionName = str
+else:
+    PrecisionName = Literal[tuple(STORAGES)]
 
 
 class ProgressiveConfig(Section):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from stackwise.config.section import Fraction, Section, as_tuple
+from stackwise.kinds import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 class OptimizerConfig(Section):
-    optimizer_type: Literal["adamw", "muon", "sgd"] = Field(
+    optimizer_type: OptimizerName = Field(
         "adamw", description="adamw; muon: Muon on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="Peak learning rate")

@@ -11,10 +11,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from stackwise.config.data import TokenizerConfig
-from stackwise.config.growth import TRAINABLE_PRECISIONS
 from stackwise.config.messages import show
 from stackwise.config.run import Settings
 from stackwise.config.section import Section, conflict
+from stackwise.kinds import CORPORA, OPTIMIZERS, STORAGES
 
 
 class OnlyUsed(NamedTuple):
@@ -28,6 +28,11 @@ class OnlyUsed(NamedTuple):
     setting: str
     values: tuple[Any, ...] = ()
     text: str = ""
+
+
+def _using(setting: str) -> tuple[str, ...]:
+    """The optimizers that use this setting of ``training.optimizer``."""
+    return tuple(name for name, kind in OPTIMIZERS.items() if setting in kind.uses)
 
 
 _LATENT = ("mla_attention", "mlgka", "custom")
@@ -80,10 +85,10 @@ ONLY_USED = (
     OnlyUsed("training.phases[].unit", "kind", ("sweep",), _ENTRY),
     OnlyUsed("training.phases[].group", "kind", ("sweep",), _ENTRY),
     OnlyUsed("training.phases[].group", "unit", ("stack",)),
-    OnlyUsed("training.optimizer.betas", "training.optimizer.optimizer_type", ("adamw", "muon")),
-    OnlyUsed("training.optimizer.eps", "training.optimizer.optimizer_type", ("adamw", "muon")),
-    OnlyUsed("training.optimizer.moments", "training.optimizer.optimizer_type", ("adamw", "muon")),
-    OnlyUsed("training.optimizer.momentum", "training.optimizer.optimizer_type", ("muon", "sgd")),
+    OnlyUsed("training.optimizer.betas", "training.optimizer.optimizer_type", _using("betas")),
+    OnlyUsed("training.optimizer.eps", "training.optimizer.optimizer_type", _using("eps")),
+    OnlyUsed("training.optimizer.moments", "training.optimizer.optimizer_type", _using("moments")),
+    OnlyUsed("training.optimizer.momentum", "training.optimizer.optimizer_type", _using("momentum")),
     OnlyUsed("training.qlora.rank_pattern", "training.qlora.strategy", ("progressive", "variable")),
     OnlyUsed("training.qlora.alpha_pattern", "training.qlora.strategy", ("progressive", "variable")),
     OnlyUsed("training.masking.span_length", "training.masking.unit", ("span",)),
@@ -104,7 +109,7 @@ ONLY_USED = (
     OnlyUsed("training.diffusion.weighting", "training.depth_variant", (None, "experts", "suffix"), _ONE_RATE),
     OnlyUsed("training.diffusion.weight_power", "training.depth_variant", (None, "experts", "suffix"), _ONE_RATE),
     OnlyUsed("training.diffusion.min_rate", "training.diffusion.weighting", ("stratified",)),
-    OnlyUsed("data.path", "data.source", ("files", "huggingface")),
+    OnlyUsed("data.path", "data.source", tuple(name for name, kind in CORPORA.items() if kind.path_takes)),
     OnlyUsed("data.tokenizer.path", "data.tokenizer.kind", ("pretrained",)),
 )
 
@@ -216,7 +221,7 @@ def _update(config: Settings) -> None:
             "before the norm of all gradients is known; set grad_clip: null",
         )
     optimizer = training.optimizer.optimizer_type
-    if training.progressive.new_stack_precision == "bfloat16" and optimizer != "adamw":
+    if training.progressive.new_stack_precision == "bfloat16" and not OPTIMIZERS[optimizer].rounds_at_random:
         raise conflict(
             "training.progressive.new_stack_precision",
             f"'bfloat16' requires optimizer_type: adamw, which rounds stochastically (optimizer_type is {optimizer})",
@@ -367,10 +372,11 @@ def _storage(config: Settings) -> None:
             f"{progressive.trunk_precision!r} applies only to a frozen trunk, but trunk_strategy is trainable; "
             "set trunk_strategy: frozen or qlora, or trunk_precision: full",
         )
-    if progressive.new_stack_precision not in TRAINABLE_PRECISIONS and not config.training.qlora.enabled:
+    trainable = tuple(name for name, kind in STORAGES.items() if kind.trains)
+    if progressive.new_stack_precision not in trainable and not config.training.qlora.enabled:
         raise conflict(
             "training.progressive.new_stack_precision",
-            f"{progressive.new_stack_precision!r} weights cannot be trained; set {_or(TRAINABLE_PRECISIONS)}, or set "
+            f"{progressive.new_stack_precision!r} weights cannot be trained; set {_or(trainable)}, or set "
             "training.qlora.enabled: true to train adapters beside them",
         )
 

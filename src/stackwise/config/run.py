@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from stackwise.config.data import DataConfig
-from stackwise.config.growth import TRAINABLE_PRECISIONS, CacheConfig, PhaseConfig, ProgressiveConfig, QLoRAConfig
+from stackwise.config.growth import CacheConfig, PhaseConfig, ProgressiveConfig, QLoRAConfig
 from stackwise.config.model import DEFAULT_KERNEL_DIM, ModelConfig
 from stackwise.config.objectives import ClassificationConfig, DiffusionConfig, MaskingConfig, ObjectiveName
 from stackwise.config.optimization import OptimizerConfig, ScheduleConfig
 from stackwise.config.section import PositiveInt, Section, Size, as_tuple, conflict
+from stackwise.kinds import CURRICULA, STORAGES
 
 DEFAULT_STEPS = 1000
 """Budget when none of max_steps, max_tokens and max_flops is set."""
 TIGHT_FROM_WIDTH = 512
 """``cpu_allocator: auto`` is tight from this d_model on."""
+
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(CURRICULA)]
 
 
 class CheckpointConfig(Section):
@@ -42,7 +49,7 @@ class LoggingConfig(Section):
 class TrainingConfig(Section):
     alternatives = ("max_steps", "max_tokens", "max_flops")
 
-    strategy: Literal["progressive", "end_to_end", "phases"] = Field(
+    strategy: StrategyName = Field(
         "progressive",
         description="progressive: grow Stack by Stack; end_to_end: the whole Rack at once; phases: the list in phases",
     )
@@ -176,7 +183,7 @@ class Settings(Section):
         if training.strategy == "end_to_end":
             return training.end_to_end_scope != "rackwise"
         some = any(entry.sweep or entry.unfreeze or isinstance(entry.trains, tuple) for entry in training.phases)
-        stored = training.progressive.new_stack_precision not in TRAINABLE_PRECISIONS
+        stored = not STORAGES[training.progressive.new_stack_precision].trains
         return some or stored or bool(set(self.trunks().values()) - {"trainable"})
 
     @property

@@ -33,7 +33,9 @@ import numpy as np
 
 from stackwise.config.data import DataConfig
 from stackwise.data.cache import cache_root
-from stackwise.data.corpora import Corpus, Progress, open_corpus, open_files
+from stackwise.data.corpora import open_corpus
+from stackwise.data.corpus import Corpus, Progress
+from stackwise.data.files import open_files
 from stackwise.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,

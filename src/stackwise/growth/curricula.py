@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.growth import TRAINABLE_PRECISIONS, PrecisionName
+from stackwise.config.growth import PrecisionName
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Schedule
+from stackwise.kinds import CURRICULA, STORAGES
 from stackwise.objectives.depth import Interval, intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
 
@@ -41,7 +42,7 @@ Place = Literal["right", "left", "middle", "between"]
 _PLACES: dict[str, Place] = {"append": "right", "prepend": "left", "interleave": "between"}
 
 
-class _Course:
+class Course:
     """The Rack as one phase after another leaves it, and the phases so far."""
 
     def __init__(self, config: StackWiseConfig, present: tuple[int, ...]) -> None:
@@ -83,7 +84,7 @@ class _Course:
         for k in group:
             self._precision[k] = new_precision
             self._give_stack_adapter(k)
-        moving = [k for k in group if new_precision in TRAINABLE_PRECISIONS]
+        moving = [k for k in group if STORAGES[new_precision].trains]
         everything = trunk == "trainable" or not before
         trained = [k for k in self.stacks if k in moving or (everything and k in before)]
         # A trunk reads the embedding, but when the new Stacks stand between them; a tied head is the embedding.
@@ -197,7 +198,7 @@ class _Course:
 
 def end_to_end(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     """The whole Rack from the start, the loss at its end: all of it trains, or one Stack or Block after another."""
-    course = _Course(config, present or tuple(range(config.model.architecture.n_stacks)))
+    course = Course(config, present or tuple(range(config.model.architecture.n_stacks)))
     match config.training.end_to_end_scope:
         case "rackwise":
             course.train_all("end-to-end", 1.0)
@@ -221,7 +222,7 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     settings = config.training.progressive
     target = config.target_stacks
     joint = settings.joint_fraction if target > 1 else 0.0
-    course = _Course(config, present)
+    course = Course(config, present)
     waiting = _waiting(config, present)
     interleave = settings.building_mode == "interleave"
     assert present or not interleave, "the config asks for model.initial"
@@ -249,7 +250,7 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
 def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     """The phases that ``training.phases`` lists, in order."""
     settings = config.training.progressive
-    course = _Course(config, present)
+    course = Course(config, present)
     entries = config.training.phases
     given = [entry.share for entry in entries]
     if None in given and sum(share or 0.0 for share in given) >= 1.0:
@@ -337,13 +338,6 @@ def _placed(stacks: tuple[int, ...], group: list[int], at: Place) -> tuple[tuple
     return tuple(order), neighbours
 
 
-CURRICULA: dict[str, Callable[[StackWiseConfig, tuple[int, ...]], list[Draft]]] = {
-    "end_to_end": end_to_end,
-    "progressive": grow,
-    "phases": free,
-}
-
-
 def build_phases(
     config: StackWiseConfig,
     step_flops: StepFlops | None = None,
@@ -360,7 +354,7 @@ def build_phases(
     Raises:
         UserError: the budget gives some phase no step.
     """
-    drafts = _over_time(CURRICULA[config.training.strategy](config, present), config)
+    drafts = _over_time(CURRICULA[config.training.strategy].load()(config, present), config)
     unit, budget = config.training.budget
     costs: list[float] = []
     for draft in drafts:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from stackwise.config.growth import PrecisionName
+from stackwise.kinds import STORAGES
 from stackwise.model.linear import linears
 from stackwise.model.rack import Rack
 from stackwise.model.stack import Stack
-from stackwise.ops.storage import STORAGES
 
 
 class PrecisionManager:
@@ -38,7 +38,7 @@ class PrecisionManager:
     def check(self, rack: Rack, trains: Iterable[str]) -> None:
         """ValueError if a part of ``trains`` is stored in a precision that cannot train."""
         wanted = {part.partition("/")[0] for part in trains}
-        trainable = [name for name, storage in STORAGES.items() if storage.trains]
+        trainable = [name for name, kind in STORAGES.items() if kind.trains]
         for stack in rack.stacks:
             precision = self.precision_of(stack)
             if f"stack.{stack.stack_id}" in wanted and precision not in trainable:
@@ -55,7 +55,7 @@ class PrecisionManager:
     def restore(self, rack: Rack, described: Mapping[str, str]) -> None:
         """Gives ``rack`` (whose values do not matter yet) the storage that ``described`` says."""
         for stack in rack.stacks:
-            self.store(stack, described.get(str(stack.stack_id), "full"))  # type: ignore[arg-type]
+            self.store(stack, described.get(str(stack.stack_id), "full"))
 
 
 def parameters_of(module: nn.Module) -> int:

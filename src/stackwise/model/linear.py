@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stackwise.ops.storage import STORAGES, storage_of
+from stackwise.ops.storage import Full, Storage, storage_of
 
 if TYPE_CHECKING:
     from stackwise.config.growth import PrecisionName
@@ -57,19 +57,18 @@ class _Stored(torch.autograd.Function):
     """x Wᵀ with W decoded for the product and again for the gradient of x, so that nothing dense is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: PrecisionName, shape: torch.Size, *stored: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, storage: Storage, shape: torch.Size, *stored: Tensor) -> Tensor:
         ctx.save_for_backward(*stored)
-        ctx.precision, ctx.shape = precision, shape
-        return x @ _dense(precision, shape, stored, x.dtype).T
+        ctx.storage, ctx.shape = storage, shape
+        return x @ _dense(storage, shape, stored, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored = ctx.saved_tensors
-        return (grad @ _dense(ctx.precision, ctx.shape, stored, grad.dtype), None, None, *(None for _ in stored))
+        return (grad @ _dense(ctx.storage, ctx.shape, stored, grad.dtype), None, None, *(None for _ in stored))
 
 
-def _dense(precision: PrecisionName, shape: torch.Size, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    storage = STORAGES[precision]
+def _dense(storage: Storage, shape: torch.Size, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return storage.decode(dict(zip(storage.names, stored)), shape, dtype)
 
 
@@ -84,6 +83,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.precision: PrecisionName = "full"
+        self.storage: Storage = Full()
         self.adapters = nn.ModuleDict()
 
     @torch.no_grad()
@@ -93,10 +93,10 @@ class Linear(nn.Linear):
         if precision == self.precision:
             return
         stored = storage.encode(self.dense())
-        for name in STORAGES[self.precision].names:
+        for name in self.storage.names:
             if name != "weight":
                 delattr(self, name)
-        self.precision = precision
+        self.precision, self.storage = precision, storage
         weight = stored.pop("weight", None)
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight, requires_grad=False))
         for name, tensor in stored.items():
@@ -104,7 +104,7 @@ class Linear(nn.Linear):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (n_out, n_in) without its adapters."""
-        return _dense(self.precision, self.shape, tuple(t.detach() for t in self._stored()), dtype)
+        return _dense(self.storage, self.shape, tuple(t.detach() for t in self._stored()), dtype)
 
     def merged(self) -> Tensor:
         """The matrix (n_out, n_in) in fp32 with its adapters added."""
@@ -119,7 +119,7 @@ class Linear(nn.Linear):
         return torch.Size((self.out_features, self.in_features))
 
     def _stored(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in STORAGES[self.precision].names)
+        return tuple(getattr(self, name) for name in self.storage.names)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, n_in) → (…, n_out)."""
@@ -138,7 +138,7 @@ class Linear(nn.Linear):
         if self.weight is not None and (self.weight.requires_grad or self.weight.dtype == dtype):
             out = F.linear(x, self.weight.to(dtype))
         elif torch.is_grad_enabled() and x.requires_grad:
-            out = _Stored.apply(x, self.precision, self.shape, *self._stored())
+            out = _Stored.apply(x, self.storage, self.shape, *self._stored())
         else:
             out = x @ self.dense(dtype).T
         return out if self.bias is None else out + self.bias.to(dtype)

@@ -16,6 +16,7 @@ of half ends at 65504, and below 2⁻¹⁴ its error is up to 2⁻²⁵.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stackwise.errors import allowed
+from stackwise.kinds import STORAGES
 from stackwise.ops.coding import coding
 
 FP8_MAX = 448.0
@@ -43,12 +45,10 @@ class Storage(ABC):
     Attributes:
         names: of the tensors that it stores: ``weight``, or those of codes and scales.
         bytes_per_weight: that a weight of a large matrix takes, its share of the scales included.
-        trains: whether an optimizer can move what is stored. fp16 would need loss scaling, and codes have no gradient.
     """
 
     names: tuple[str, ...] = ("codes", "scales")
     bytes_per_weight: float
-    trains: bool = False
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -59,20 +59,29 @@ class Storage(ABC):
         """The matrix of ``shape`` that ``encode`` stored, in ``dtype``; codes are computed with in fp32."""
 
 
-class Cast(Storage):
+class _Cast(Storage):
     """The weight in a dtype of its own."""
 
     names = ("weight",)
-
-    def __init__(self, dtype: torch.dtype, trains: bool) -> None:
-        self.dtype, self.trains = dtype, trains
-        self.bytes_per_weight = float(dtype.itemsize)
+    dtype: torch.dtype
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight.detach().to(self.dtype)}
 
     def decode(self, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return stored["weight"].to(dtype)
+
+
+class Full(_Cast):
+    dtype, bytes_per_weight = torch.float32, 4
+
+
+class Half(_Cast):
+    dtype, bytes_per_weight = torch.float16, 2
+
+
+class BFloat16(_Cast):
+    dtype, bytes_per_weight = torch.bfloat16, 2
 
 
 class _Blocks(Storage):
@@ -164,23 +173,13 @@ class Nvfp4(_FourBits):
         return stored["scales"].float() * stored["scale"]
 
 
-STORAGES: dict[str, Storage] = {
-    "full": Cast(torch.float32, trains=True),
-    "half": Cast(torch.float16, trains=False),
-    "bfloat16": Cast(torch.bfloat16, trains=True),
-    "fp8": Fp8(),
-    "int8": Int8(),
-    "nf4": Nf4(),
-    "nvfp4": Nvfp4(),
-}
-"""By their name in a config: ``training.progressive.trunk_precision`` allows these."""
-
-
+@functools.cache
 def storage_of(precision: str) -> Storage:
-    """ValueError, with the names there are, for one that there is not."""
+    """The storage of that name. ValueError, with the names there are, for one that there is not."""
     if precision not in STORAGES:
         raise ValueError(f"precision is {precision!r}; {allowed(precision, STORAGES)}")
-    return STORAGES[precision]
+    storage: Storage = STORAGES[precision].load()()
+    return storage
 
 
 def _nonzero(scales: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.optimization import OptimizerConfig
+from stackwise.kinds import OPTIMIZERS
 from stackwise.optim.stored_adamw import BLOCK, CHUNK, STEP_BYTES, StoredAdamW
 
 Named = Mapping[str, nn.Parameter]
@@ -127,10 +128,7 @@ class Sgd(Optimizer):
         return parameter.numel() * parameter.element_size() if decays else 0
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "sgd": Sgd}
-"""By their name in a config: ``training.optimizer.optimizer_type`` allows these."""
-
-
 def optimizer_of(settings: OptimizerConfig) -> Optimizer:
     """The kind that ``settings`` name, with them."""
-    return OPTIMIZERS[settings.optimizer_type](settings)
+    kind: Optimizer = OPTIMIZERS[settings.optimizer_type].load()(settings)
+    return kind

@@ -9,14 +9,15 @@ from typing import Any
 from stackwise.config.base import StackWiseConfig, as_override
 from stackwise.errors import UserError
 from stackwise.growth.recipes import RECIPES, apply_recipe
-from stackwise.ops.storage import STORAGES
+from stackwise.kinds import STORAGES
+from stackwise.ops.storage import storage_of
 from stackwise.planning.plan import Plan
 
 Planner = Callable[[StackWiseConfig], Plan]
 Changes = dict[str, Any]
 """Settings by their dotted keys, as ``StackWiseConfig.changed`` takes them."""
 
-_SMALLEST = min(STORAGES, key=lambda name: STORAGES[name].bytes_per_weight)
+_SMALLEST = min(STORAGES, key=lambda name: storage_of(name).bytes_per_weight)
 """The first of the storages that take least."""
 
 

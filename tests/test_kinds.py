@@ -1,0 +1,37 @@
+"""What a config chooses by name: every name leads somewhere, and a config allows just these."""
+
+import typing
+
+import pytest
+
+from stackwise import kinds
+from stackwise.config.base import StackWiseConfig
+from stackwise.config.data import SourceName
+from stackwise.config.growth import PrecisionName
+from stackwise.config.optimization import OptimizerName
+from stackwise.config.run import StrategyName
+from stackwise.data.corpus import Corpus
+from stackwise.errors import UserError
+from stackwise.ops.storage import Storage
+from stackwise.optim.kinds import Optimizer
+
+CLASSES = {"OPTIMIZERS": Optimizer, "STORAGES": Storage}
+NAMES = {"CORPORA": SourceName, "CURRICULA": StrategyName, "OPTIMIZERS": OptimizerName, "STORAGES": PrecisionName}
+
+
+@pytest.mark.parametrize("kind", [name for name in vars(kinds) if name.isupper()])
+def test_every_name_is_allowed_in_a_config_and_leads_to_a_thing_of_its_kind(kind):
+    assert typing.get_args(NAMES[kind]) == tuple(vars(kinds)[kind])
+    for entry in vars(kinds)[kind].values():
+        found = entry.load()
+        assert issubclass(found, CLASSES[kind]) if kind in CLASSES else callable(found)
+
+
+def test_a_name_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match=r"optimizer_type: 'adamv' .*allowed: adamw, muon, sgd; did you mean adamw"):
+        StackWiseConfig.from_dict({"training": {"optimizer": {"optimizer_type": "adamv"}}})
+
+
+def test_the_sources_of_python_open_as_a_corpus(tmp_path):
+    corpus = kinds.CORPORA["python-stdlib"].load()(StackWiseConfig().data, tmp_path)
+    assert isinstance(corpus, Corpus)
