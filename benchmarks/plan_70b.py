@@ -21,8 +21,9 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
 from stackwise.ops.boundary import bytes_per_row
-from stackwise.planning.cost import PhaseCost, PhaseCoster, preparation_flops
+from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.planning.devices import named_machine
+from stackwise.planning.dry_step import PhaseCost
 from stackwise.planning.plan import plan_run
 
 CONFIG = Path(__file__).parents[1] / "configs/models/llama_70b.yaml"

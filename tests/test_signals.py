@@ -13,7 +13,7 @@ import pytest
 from stackwise.cli.main import main
 from stackwise.data import store
 from stackwise.errors import RunError, StoppedBySignal
-from stackwise.planning.cost import Ledger
+from stackwise.planning.dry_step import Ledger
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.store.activation_cache import ActivationCache
 from stackwise.training.loop import Loop

@@ -14,7 +14,8 @@ from stackwise.model.architecture import Stacks, create_rack_from_config, create
 from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.precision import autocast
-from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, Ledger, PhaseCoster, measure_segments
+from stackwise.planning.cost import READ_AHEAD, RUNTIME_BYTES, PhaseCoster
+from stackwise.planning.dry_step import Ledger, measure_segments
 from stackwise.planning.plan import Plan, plan_phases
 from stackwise.training.offload import Offload
 

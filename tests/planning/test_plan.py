@@ -16,8 +16,9 @@ from stackwise.config import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.planning import cost as cost_module
-from stackwise.planning.cost import PhaseCost, PhaseCoster
+from stackwise.planning.cost import PhaseCoster
 from stackwise.planning.devices import BF16_PEAK, DEVICES, Machine, named_machine, sheet_of
+from stackwise.planning.dry_step import PhaseCost
 from stackwise.planning.flops import Flops
 from stackwise.planning.plan import Plan, plan_run, stored_bytes
 from stackwise.planning.recommend import (

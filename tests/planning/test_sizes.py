@@ -11,7 +11,7 @@ from stackwise.errors import UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.ops.losses import linear_cross_entropy
 from stackwise.ops.repeats import chunk_starts
-from stackwise.planning.cost import Ledger
+from stackwise.planning.dry_step import Ledger
 from stackwise.planning.plan import plan_phases
 
 SMALL = {

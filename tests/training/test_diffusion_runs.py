@@ -13,7 +13,8 @@ from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import ConfigError, UserError
 from stackwise.growth.curricula import build_phases
-from stackwise.planning.cost import RUNTIME_BYTES, Ledger
+from stackwise.planning.cost import RUNTIME_BYTES
+from stackwise.planning.dry_step import Ledger
 from stackwise.planning.plan import plan_run
 from stackwise.runs.run import load, resume_run, train_run
 from stackwise.training.loop import Loop

@@ -23,7 +23,6 @@ import hashlib
 import json
 import shutil
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from stackwise.data.tokenizers import (
     open_pretrained,
     train_bpe,
 )
+from stackwise.data.verification import ARRAYS, Verification
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, reason, remove_leftovers, scratch_folder
 from stackwise.reading import read_object
@@ -60,13 +60,11 @@ BPE_TRAINING_BYTES = 1 << 28
 VERIFIED_AT_ONCE_BYTES = 1 << 27
 """Stores up to this size are compared with their hashes before they are returned; larger ones by ``verify``."""
 
-_VERIFICATION_CHUNK = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_TEXTS = 1 << 14
 _REPORT_BYTES = 1 << 18
 _BUCKETS = 1 << 16
 _RECORD = struct.Struct("<Hq")  # of a document: the hash of its content, its characters
-_FILES = ("train.bin", "validation.bin")
 _UNUSABLE = {
     errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
@@ -233,7 +231,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
         meta = read_object(folder / "meta.json")
         if "sha256" not in meta:
             return None
-        for name, tokens in zip(_FILES, meta["tokens"]):
+        for name, tokens in zip(ARRAYS, meta["tokens"]):
             size = (folder / name).stat().st_size
             if size != tokens * dtype.itemsize:
                 raise RunError(
@@ -245,11 +243,11 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
         train_bytes, validation_bytes = map(int, meta["bytes"])
         n_documents, split = int(meta["n_documents"]), meta["split"]
         hashes = [str(digest) for digest in meta["sha256"]]
-        if len(hashes) != len(_FILES):
+        if len(hashes) != len(ARRAYS):
             raise ValueError(f"it has {len(hashes)} hashes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete this folder and start again") from None
-    verification = _Verification(folder, hashes, dtype, tokenizer.vocab_size)
+    verification = Verification(folder, hashes, dtype, tokenizer.vocab_size)
     if train.nbytes + validation.nbytes <= VERIFIED_AT_ONCE_BYTES:
         verification.result()
     whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -257,47 +255,6 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
         tokenizer, train, validation, key, whole, train_bytes, validation_bytes, n_documents, split, folder,
         verification.result,
     )  # fmt: skip
-
-
-class _Verification:
-    """Compares the arrays of a store with their hashes, and their ids with the vocabulary, in a thread of its own.
-
-    The files are read and not mapped, since mapped pages would count as memory of the run.
-    """
-
-    def __init__(self, folder: Path, hashes: Sequence[str], dtype: np.dtype[Any], vocab_size: int) -> None:
-        self._folder, self._hashes, self._dtype, self._vocab_size = folder, hashes, dtype, vocab_size
-        self._problem: str | None = None
-        # A daemon: a command that fails meanwhile does not wait for it.
-        self._thread = threading.Thread(target=self._run, name="verify tokens", daemon=True)
-        self._thread.start()
-
-    def result(self) -> None:
-        self._thread.join()
-        if self._problem is not None:
-            raise RunError(f"{self._folder} is damaged: {self._problem}; delete this folder and start again")
-
-    def _run(self) -> None:
-        for name, expected in zip(_FILES, self._hashes):
-            self._problem = self._problem or self._check(name, expected)
-
-    def _check(self, name: str, expected: str) -> str | None:
-        """What is wrong with one array."""
-        hasher, largest = hashlib.sha256(), 0
-        try:
-            with open(self._folder / name, "rb", buffering=0) as file:
-                buffer = bytearray(_VERIFICATION_CHUNK)
-                view, ids = memoryview(buffer), np.frombuffer(buffer, dtype=self._dtype)
-                while got := file.readinto(view):
-                    hasher.update(view[:got])
-                    largest = max(largest, int(ids[: got // self._dtype.itemsize].max(initial=0)))
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
-        if hasher.hexdigest() != expected:
-            return f"the content of {name} does not match its sha256"
-        if largest >= self._vocab_size:
-            return f"{name} holds the id {largest:,}, and the vocabulary has {self._vocab_size:,}"
-        return None
 
 
 def _build(
@@ -325,7 +282,7 @@ def _build(
     store.mkdir()
     tokens, n_bytes, hashers = [0, 0], [0, 0], [hashlib.sha256(), hashlib.sha256()]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(store / name, "wb")) for name in _FILES]
+        files = [stack.enter_context(open(store / name, "wb")) for name in ARRAYS]
         for part, ids in _encode(_parts(corpus, scan, split), tokenizer):
             data = ids.tobytes()
             files[part.side].write(data)

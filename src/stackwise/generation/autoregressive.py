@@ -64,13 +64,7 @@ def generate(
     B, T = prompt.shape if prompt.dim() == 2 else (0, 0)
     if B < 1 or T < 1:
         raise ValueError(f"prompt must be (sequences, tokens) with at least one token, not {tuple(prompt.shape)}")
-    if attention_mask is not None:
-        if attention_mask.shape != prompt.shape:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, prompt {tuple(prompt.shape)}")
-        if not attention_mask[:, -1].all():
-            raise ValueError("attention_mask hides the last token of a prompt; prompts are padded on the left")
-        if attention_mask.all():
-            attention_mask = None
+    attention_mask = _checked_mask(attention_mask, prompt)
     if n_tokens < 0:
         raise ValueError(f"n_tokens is {n_tokens}; allowed: 0 and above")
     seeds = row_seeds(seed, B) if isinstance(seed, int) else list(seed)
@@ -90,6 +84,17 @@ def generate(
     return _steps(
         rack, prompt, n_tokens, UniformStreams(seeds), stop_ids, pad_id, suppressed_ids, attention_mask, cache, draw
     )
+
+
+def _checked_mask(mask: Tensor | None, prompt: Tensor) -> Tensor | None:
+    """``mask``, or ``None`` where it hides nothing. ValueError where it does not fit or hides a last token."""
+    if mask is None:
+        return None
+    if mask.shape != prompt.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}, prompt {tuple(prompt.shape)}")
+    if not mask[:, -1].all():
+        raise ValueError("attention_mask hides the last token of a prompt; prompts are padded on the left")
+    return None if mask.all() else mask
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
 from stackwise.model.lexical import resolve_family
-from stackwise.planning.cost import PhaseCost, PhaseCoster, preparation_flops
+from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.planning.devices import Machine, this_machine
+from stackwise.planning.dry_step import PhaseCost
 from stackwise.planning.flops import Flops
 
 
