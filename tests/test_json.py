@@ -27,7 +27,7 @@ SOURCES = Path(__file__).parents[1] / "src" / "stackwise"
         (b'{"a": "\xff"}', "not UTF-8 text: the byte 0xff at offset 7"),
         (DEEP, "nested too deeply (more than 64 lists and objects inside each other)"),
         ("[" * 65 + "1" + "]" * 65, "nested too deeply (more than 64 lists and objects inside each other)"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": [1e999]}', "a number in it is out of range"),
         (f'{{"a": {10**40}}}', "a whole number in it is out of range: its size must be below 2**64"),
         (f'{{"a": {"7" * 5_000}}}', "a number in it has too many digits"),

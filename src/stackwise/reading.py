@@ -94,7 +94,7 @@ def json_type(value: object) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise JSONError(f"{name} is no number of JSON")
+    raise JSONError(f"{name} is not a JSON number")
 
 
 def _check(value: Any, foreign_fields: bool) -> None:

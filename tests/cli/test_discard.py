@@ -67,8 +67,8 @@ def tokenizer_file(path, model):
         ("too little to validate", "needs at least 12 validation tokens, but there are 9"),
         ("nothing masked to validate", "no token is masked in the 1 windows"),
         ("cache is a file", "the token store cannot be written: Not a directory (data.cache_dir"),
-        ("no token for unknown words", "data.tokenizer: it cannot encode the text"),
-        ("characters dropped", "data.tokenizer: it has no token for 'f'"),
+        ("no token for unknown words", "data.tokenizer: the tokenizer cannot encode the text"),
+        ("characters dropped", "data.tokenizer: the tokenizer has no token for 'f'"),
         ("larger than any machine", "a step of this run takes"),
     ],
 )

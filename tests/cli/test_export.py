@@ -92,7 +92,7 @@ def test_what_is_missing_is_said_in_one_line(llama, tmp_path, capsys):
     assert main(["import", str(folder), str(tmp_path / "run")]) == 2
     assert "pickles, which are never loaded" in capsys.readouterr().err
     assert main(["import", str(llama), str(tmp_path / "run"), "--stacks", "4"]) == 2
-    expected = "--stacks: 4 is out of range; the model has 3 layers: at least 1 and at most 3"
+    expected = "--stacks: 4 is out of range; must be at least 1 and at most 3, the number of layers"
     assert capsys.readouterr().err == f"stackwise: {expected}\n"
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".run*"))
 

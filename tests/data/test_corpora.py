@@ -216,7 +216,7 @@ def test_paths_that_lead_nowhere_are_named(tmp_path) -> None:
         ("absent.txt", "no such file or folder"),
         ("*.text", "no file matches"),
         ("pictures", "no text, .jsonl or .parquet file in this folder"),
-        ("nothing.txt", "no text there"),
+        ("nothing.txt", "contains no text"),
     ):
         message = error_of(lambda name=name: files(tmp_path / name))
         assert message.startswith(f"data.path: {str(tmp_path / name)!r}: ") and problem in message

@@ -105,7 +105,7 @@ def test_both_sides_have_a_document_however_small_the_fraction(tmp_path) -> None
 
 
 def test_documents_that_cannot_be_parted_are_refused(tmp_path) -> None:
-    for texts, problem in ((["same"] * 23, "the 23 there are equal"), (["one"], "there is only one")):
+    for texts, problem in ((["same"] * 23, "but all 23 are equal"), (["one"], "there is only one")):
         with pytest.raises(UserError, match=rf"^data\.validation_split: documents needs .* {problem}; set it to tail$"):
             prepare(config(records(tmp_path / "a.jsonl", texts), validation_split="documents"))
 
@@ -136,7 +136,7 @@ def test_auto_splits_by_documents_from_twenty_on(tmp_path, n, split) -> None:
 
 def test_a_text_too_short_to_split_is_refused(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="1 bytes of text are too few to split"):
+    with pytest.raises(UserError, match="1 bytes of text are too few for training and validation"):
         prepare(config(tmp_path / "a.txt"))
     with pytest.raises(UserError, match="every document is empty"):
         prepare(config(records(tmp_path / "a.jsonl", ["", ""])))

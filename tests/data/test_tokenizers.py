@@ -266,7 +266,7 @@ def test_bad_pretrained_paths_are_one_clear_line(pretrained, tmp_path) -> None:
         (tmp_path / "empty", "no tokenizer.json in this folder"),
         (tmp_path / "bad.json", "not a tokenizer.json"),
         (tmp_path / "binary.json", "not UTF-8"),
-        (no_end, "no token that ends a document"),
+        (no_end, "it has no end-of-document token"),
         (broken, "tokenizer_config.json"),
     ):
         with pytest.raises(UserError) as error:

@@ -204,7 +204,7 @@ def test_data_without_text_is_refused(
 ) -> None:
     evaluated(folder, capsys, "clm")
     (tmp_path / "none.jsonl").write_text(content)
-    assert "no text there" in refusal(capsys, "eval", folder / "clm", "--data", tmp_path / "none.jsonl")
+    assert "contains no text" in refusal(capsys, "eval", folder / "clm", "--data", tmp_path / "none.jsonl")
     assert "--data" in refusal(capsys, "eval", folder / "clm", "--data", tmp_path / "absent")
 
 

@@ -216,8 +216,11 @@ def test_a_denoiser_that_does_not_see_the_level_is_asked_only_when_tokens_change
         ({"steps": 0}, r"steps is 0"),
         ({"order": "threshold"}, r"threshold is None"),
         ({"order": "threshold", "threshold": 1.5}, r"threshold is 1.5"),
-        ({"threshold": 0.5}, r"threshold is read by the order threshold"),
-        ({"order": "first_hitting", "steps": 3}, r"steps is read by"),
+        ({"threshold": 0.5}, r"threshold is only used with order threshold \(order is"),
+        (
+            {"order": "first_hitting", "steps": 3},
+            r"steps is only used with order ancestral, confidence, margin, entropy \(order is first_hitting\)$",
+        ),
         ({"levels": (1.0, 0.5)}, r"stop above 0"),
         ({"levels": (1.0, 0.0), "steps": 2}, r"both given"),
         ({"guidance": (-1.0, None)}, r"guidance is -1"),

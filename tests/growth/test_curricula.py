@@ -323,7 +323,7 @@ def test_a_cached_run_shares_its_batches_and_enters_before_the_new_stack():
     record = 5 * 7 * 26 * 2 + 4
     few = grown(*cached, f"training.cache.max_bytes={8 * record + 3000}")
     assert 1 <= few[0].examples[1] <= 8
-    with pytest.raises(UserError, match=r"training\.cache\.max_bytes: 1000 has no room for one batch"):
+    with pytest.raises(UserError, match=r"training\.cache\.max_bytes: 1000 is too small for one batch"):
         grown(*cached, "training.cache.max_bytes=1000")
 
 
@@ -331,11 +331,20 @@ def test_a_cached_run_shares_its_batches_and_enters_before_the_new_stack():
     "entries, message",
     [
         (["{trains: all}"], r"training\.phases\[0\]: the Rack has no Stack yet"),
-        (["{add: 4}"], r"training\.phases\[0\]\.add: 4, but 3 are left"),
-        (["{add: rest}", "{add: each}"], r"training\.phases\[1\]: 3 Stacks are to be grown"),
-        (["{add: 2}", "{trains: [2]}"], r"training\.phases\[1\]\.trains: there is no Stack 2 then"),
-        (["{add: 2, at: between}"], r"training\.phases\[0\]\.at: 'between' needs Stacks that are there"),
-        (["{add: rest, share: 1.0}", "{trains: all}"], r"training\.phases\[1\]\.share: null is a part of what"),
+        (["{add: 4}"], r"training\.phases\[0\]\.add: 4 is too many: only 3 of the 3 Stacks are left to add"),
+        (
+            ["{add: rest}", "{add: each}"],
+            r"training\.phases\[1\]: no Stack is left to add, because the Rack already has 3 of 3 Stacks",
+        ),
+        (
+            ["{add: 2}", "{trains: [2]}"],
+            r"training\.phases\[1\]\.trains: the Rack has no Stack 2 in this phase; it has",
+        ),
+        (["{add: 2, at: between}"], r"training\.phases\[0\]\.at: 'between' requires existing Stacks"),
+        (
+            ["{add: rest, share: 1.0}", "{trains: all}"],
+            r"training\.phases\[1\]\.share: null is an equal part of what the other entries leave",
+        ),
     ],
 )
 def test_entries_that_cannot_be_are_refused_with_their_number(entries, message):
@@ -367,7 +376,10 @@ def test_sweeps_are_numbered_through_the_run():
 
 def test_patterns_that_count_the_stacks_refuse_a_rack_with_more():
     pattern = "training.qlora={enabled: true, strategy: variable, rank_pattern: [1, 2, 3]}"
-    with pytest.raises(UserError, match=r"training\.progressive\.target_stacks: 3, but the Rack has a Stack 3"):
+    with pytest.raises(
+        UserError,
+        match=r"training\.progressive\.target_stacks: 3 is too low: the Rack has a Stack with id 3, .* set at least 4$",
+    ):
         build_phases(config("training.strategy=end_to_end", pattern), present=(3, 0, 1))
     same = build_phases(config("training.strategy=end_to_end", "training.qlora.enabled=true"), present=(3, 0, 1))
     assert [a.rank for a in same[0].adapters] == [16, 16, 16]

@@ -62,7 +62,7 @@ def test_a_part_that_cannot_train_is_refused_with_the_reason(precision):
     MANAGER.store(model.stacks[1], precision)
     set_trainable(model, ["stack.0", "norm"])
     for part in ("stack.1", "stack.1/blocks.0"):
-        with pytest.raises(ValueError, match=f"Stack 1 is stored in {precision}, which cannot train"):
+        with pytest.raises(ValueError, match=f"Stack 1 is stored in {precision}, which cannot be trained"):
             set_trainable(model, [part])
 
 

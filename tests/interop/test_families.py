@@ -260,8 +260,9 @@ REFUSED = [
      "config.json: rope_scaling.type: 'linear' cannot be expressed as a Rack; allowed: default"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: 'awq' weights cannot be imported; use "
      "full ones"),
-    ({"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight has no place in a Rack (9 such tensors); "
-     "its layers differ from what LlamaForCausalLM is here"),
+    ({"num_hidden_layers": 2},
+     "the tensor model.layers.2.input_layernorm.weight has no counterpart in a Rack (9 such "
+     "tensors); the layers differ from those of LlamaForCausalLM"),
     ({"num_hidden_layers": 4}, "the weights of model.layers.3.input_layernorm.weight are missing (9 in all)"),
     ({"intermediate_size": 35}, "model.layers.0.mlp.gate_proj.weight has the shape (34, 24); config.json says "
      "(35, 24)"),
@@ -367,7 +368,7 @@ def test_weights_that_are_no_numbers_are_refused(llama, tmp_path):
     tensors = load_file(llama / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=f"{name} holds torch.int8 and no floating-point numbers"):
+    with pytest.raises(UserError, match=f"{name} has the type torch.int8; weights must be floating-point numbers"):
         rack_from_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="not a readable safetensors file"):
@@ -398,7 +399,9 @@ def test_experts_and_pickles_are_refused(llama, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickles, which are never loaded"):
         rack_from_folder(tmp_path)
-    with pytest.raises(UserError, match="--stacks: 4 is out of range; the model has 3 layers"):
+    with pytest.raises(
+        UserError, match="--stacks: 4 is out of range; must be at least 1 and at most 3, the number of layers"
+    ):
         rack_from_folder(llama, 4)
 
 

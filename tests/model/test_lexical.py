@@ -551,10 +551,13 @@ def test_a_builder_starts_from_the_familys_table(tmp_path: Path, settings: Path,
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["model.vocab_size=291"], "model.vocab_size: 291, but the table of '*' has 283 rows; leave it out"),
+        (
+            ["model.vocab_size=291"],
+            "model.vocab_size: 291 differs from the number of tokens in the embedding of '*' (283); leave it out",
+        ),
         (
             ["model.tokenizer_embedding.embedding_dim=14"],
-            "model.tokenizer_embedding.embedding_dim: 14, but the table of '*' is 13 wide; leave it out",
+            "model.tokenizer_embedding.embedding_dim: 14 differs from the width of the embedding of '*' (13); *",
         ),
         (
             ["data.tokenizer.kind=bytes"],
@@ -567,7 +570,8 @@ def test_a_builder_starts_from_the_familys_table(tmp_path: Path, settings: Path,
         ),
         (
             ["model.tokenizer_embedding.family=short"],
-            "model.tokenizer_embedding.family: 'short' has a table of 269 rows for the 27? tokens of its tokenizer",
+            "model.tokenizer_embedding.family: the embedding of 'short' has 269 rows, fewer "
+            "than the 27? tokens of its tokenizer",
         ),
         (
             ["model.tokenizer_embedding.family=./none"],

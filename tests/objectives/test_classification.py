@@ -140,8 +140,8 @@ def test_what_is_taken_to_train_is_trained_by_the_other_trainer_too():
     [
         ({"labels": None}, "needs batches with labels: the class of each sequence$"),
         ({"labels": torch.zeros(B, T, dtype=torch.int64)}, r"the class of each sequence, \(4,\), not \(4, 9\)"),
-        ({"labels": torch.tensor([0, 1, 3, 1])}, "labels: 3 is no class; .* so they are 0 to 2"),
-        ({"labels": torch.tensor([0, 1, -1, 1])}, "labels: -1 is no class"),
+        ({"labels": torch.tensor([0, 1, 3, 1])}, "labels: 3 is out of range; .* so labels are 0 to 2"),
+        ({"labels": torch.tensor([0, 1, -1, 1])}, "labels: -1 is out of range"),
         ({"labels": torch.tensor([0.0, 1.0, 0.5, 1.0])}, r"labels are torch\.float32; .* takes whole numbers"),
     ],
 )
@@ -165,7 +165,7 @@ def test_what_cannot_be_classified_is_refused(tmp_path, capsys):
         config("training.strategy=progressive", "training.progressive.trunk_strategy=frozen",
                "training.progressive.cache_activations=true")  # fmt: skip
     loader = ProgressiveDataLoader(np.zeros(100, dtype=np.int64), config())
-    with pytest.raises(UserError, match="classification takes labels, which a token array has not"):
+    with pytest.raises(UserError, match="classification needs labels, which a token array does not have"):
         ArchitectureTrainer(config()).train_architecture(create_rack_from_config(config(), n_stacks=2), loader)
     (tmp_path / "config.yaml").write_text("training: {progressive: {training_objective: classification}}\n")
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]) == 2

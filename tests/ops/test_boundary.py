@@ -126,7 +126,7 @@ def test_a_rounded_boundary_has_no_graph(format: str) -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ValueError, match="'fp4'; there are float32, bfloat16, fp8"):
+    with pytest.raises(ValueError, match="'fp4'; allowed: float32, bfloat16, fp8"):
         replace(LAYOUT, format="fp4")
 
 

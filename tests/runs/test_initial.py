@@ -98,7 +98,7 @@ def test_an_end_to_end_run_goes_on_with_the_weights_of_another(work):
         ),
         (
             ["training.progressive.target_stacks=2"],
-            "training.progressive.target_stacks: 2, but the Rack has 2 Stacks already; set it higher",
+            "training.progressive.target_stacks: 2 leaves no Stack to add to the 2 of the Rack; raise it",
         ),
     ],
 )

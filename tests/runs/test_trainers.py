@@ -88,7 +88,7 @@ def test_new_stacks_have_the_shapes_of_the_builder():
 def test_growing_from_a_rack_that_is_large_enough_is_the_users_error():
     builder = ProgressiveRackBuilder(config())
     builder.build_rack(3)
-    with pytest.raises(UserError, match="3 Stacks already"):
+    with pytest.raises(UserError, match="leaves no Stack to add to the 3 of the Rack"):
         ProgressiveTrainer(config()).train_rack(builder, ProgressiveDataLoader(TOKENS, config()))
 
 

@@ -370,17 +370,17 @@ def test_a_boundary_under_the_name_of_another_one_is_refused(tmp_path: Path) -> 
     cache = ActivationCache(tmp_path, LAYOUT)
     cache.fill(OLD, hidden)
     near = BoundaryId(2, "a" * 63 + "b")  # the same folder
-    with pytest.raises(RunError, match="this is another cache than the one to read here"):
+    with pytest.raises(RunError, match="this cache does not belong to this phase"):
         cache.open(near)
     (tmp_path / OLD.folder_name).rename(tmp_path / NEW.folder_name)
-    with pytest.raises(RunError, match="this is another cache"):
+    with pytest.raises(RunError, match="this cache does not belong to this phase"):
         cache.open(NEW)
 
 
 @pytest.mark.parametrize("change", [{"first": 6}, {"count": 6}, {"batch_size": 3, "seq_len": 2}, {"format": "fp8"}])
 def test_a_boundary_of_another_layout_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     ActivationCache(tmp_path, LAYOUT).fill(OLD, hidden)
-    with pytest.raises(RunError, match="this is another cache"):
+    with pytest.raises(RunError, match="this cache does not belong to this phase"):
         ActivationCache(tmp_path, replace(LAYOUT, **change)).open(OLD)
 
 

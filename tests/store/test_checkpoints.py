@@ -429,7 +429,7 @@ def test_a_checkpoint_that_is_not_there_is_an_error_that_lists_those_that_are(tm
     assert not store.has_any()
     store.save(7, {}, {})
     last = store.save(123456789, {}, {})
-    with pytest.raises(CheckpointError, match="no checkpoint of step 8, but of 7, 123456789"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 8; there are steps 7, 123456789"):
         store.load(8)
     (tmp_path / "step-00000007.json").unlink()
     last.write_text("")

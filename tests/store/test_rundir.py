@@ -90,11 +90,11 @@ def test_a_run_with_something_that_is_no_file_is_refused_before_it_is_read(tmp_p
     path = run.path / name
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
-    with pytest.raises(UserError, match=f"{name} is no regular file"):
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
         RunDir.open(run.path)
     path.unlink()
     path.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=f"{name} is no regular file"):
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
         RunDir.open(run.path)
     path.unlink()
     path.symlink_to(tmp_path / "absent")

@@ -107,5 +107,5 @@ def test_a_summary_that_no_run_wrote_is_answered_by_one_line(
         node = node[key]
     node[place[-1]] = value
     run.write_summary(summary)
-    with pytest.raises(RunError, match=r"summary\.json: no summary of a run: " + r"\.".join(map(str, place))):
+    with pytest.raises(RunError, match=r"summary\.json: not the summary of a run: " + r"\.".join(map(str, place))):
         read_summary(run)

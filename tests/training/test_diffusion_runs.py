@@ -273,7 +273,7 @@ def test_generate_fills_a_template_and_goes_on_from_a_prompt(folder, tmp_path, c
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--top-k", "3"], "--top-k is read by runs of clm"),
+        (["--top-k", "3"], "--top-k is only used for runs trained with clm"),
         (["--order", "confidance"], "did you mean confidence?"),
         (["--template", "abc"], "has no gap; write {20}"),
         (["--template", "{3}", "--prompt", "a"], "are both given"),
@@ -308,7 +308,7 @@ def test_a_model_of_both_directions_goes_on_left_to_right_by_one_setting(folder,
 def test_what_transformers_cannot_run_is_not_exported(folder, tmp_path, capsys, name):
     train_run(config(folder, *KINDS[name], "training.max_steps=1"), tmp_path / "run", SilentReporter())
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "runs all its layers in one way" in capsys.readouterr().err
+    assert "always runs all its layers once" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -323,7 +323,7 @@ def test_experts_trained_apart_are_joined_and_bound_the_whole(folder, tmp_path, 
     assert [stack.stack_id for stack in racks[2].stacks] == [0, 2]
     runs = [str(tmp_path / f"expert {k}") for k in (0, 2, 1)]
     assert main(["join", *runs[:2], "--out", str(tmp_path / "short")]) == 2
-    assert "there is no run of expert 1" in capsys.readouterr().err and not (tmp_path / "short").exists()
+    assert "the run of expert 1 is missing" in capsys.readouterr().err and not (tmp_path / "short").exists()
     assert main(["join", *runs, "--out", str(tmp_path / "joined")]) == 0
     joined = load(tmp_path / "joined").rack
     for k, rack in racks.items():

@@ -17,7 +17,7 @@ def compare(
     recipes: Annotated[
         str, typer.Option("--recipes", metavar="A,B,…", help="Names from `stackwise recipes`, or all")
     ] = "all",
-    out: Annotated[Path, typer.Option("--out", help="A folder; a run directory for each recipe")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives a run directory for each recipe")] = Path(
         "runs/compare"
     ),
     start: From = None,

@@ -13,7 +13,9 @@ from stackwise.config.presets import PRESETS
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Run directory; a stopped demo in it goes on")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Run directory; a demo that was stopped there is continued")
+    ] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
     """Grow a small model on Python's own library sources: about three minutes on two cores."""

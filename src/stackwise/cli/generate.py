@@ -14,26 +14,35 @@ from stackwise.errors import UserError
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")]
 _Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", help="Text to go on from (default: the start of a document); repeat it for several"),
+    typer.Option("--prompt", help="Text to continue (default: the start of a document); may be repeated"),
 ]
 _Tokens = Annotated[
-    int, typer.Option("--tokens", min=1, max=1 << 24, help="Tokens to generate at most, for each prompt")
+    int, typer.Option("--tokens", min=1, max=1 << 24, help="Largest number of tokens to generate for each prompt")
 ]
-_Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text")]
+_Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text")]
 _Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]
-_TopK = Annotated[int | None, typer.Option("--top-k", min=1, max=1 << 24, help="clm: draw among so many tokens")]
-_TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among this much probability")]
+_TopK = Annotated[
+    int | None, typer.Option("--top-k", min=1, max=1 << 24, help="clm: sample from this many of the likeliest tokens")
+]
+_TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this probability"),
+]
 _MinP = Annotated[
     float | None,
-    typer.Option("--min-p", min=0.0, max=1.0, help="clm: leave out what is less likely than this times the likeliest"),
+    typer.Option(
+        "--min-p", min=0.0, max=1.0, help="clm: leave out tokens less likely than this share of the likeliest"
+    ),
 ]
 _Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="clm: end before this text; may be repeated"),
+    typer.Option("--stop", metavar="TEXT", help="clm: stop before this text; may be repeated"),
 ]
 _Template = Annotated[
     str | None,
-    typer.Option("--template", metavar="TEXT", help="diffusion: fill its gaps; {20} is one of 20 tokens"),
+    typer.Option(
+        "--template", metavar="TEXT", help="diffusion: text whose gaps are filled; {20} is a gap of 20 tokens"
+    ),
 ]
 _Order = Annotated[
     str | None,
@@ -45,13 +54,20 @@ _Order = Annotated[
 ]
 _Steps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, help="diffusion: so many (default: one a token); of each Stack if depth is time"),
+    typer.Option(
+        "--steps",
+        min=1,
+        help="diffusion: number of steps (default: one for each token); with time_interpretation depth, of each Stack",
+    ),
 ]
 _Threshold = Annotated[
-    float | None, typer.Option("--threshold", help="diffusion, order threshold: fill all gaps at least so sure")
+    float | None,
+    typer.Option(
+        "--threshold", help="diffusion, order threshold: fill every gap whose likeliest token has this probability"
+    ),
 ]
 _Guidance = Annotated[
-    float, typer.Option("--guidance", min=0.0, help="diffusion: how far to lean towards what is given")
+    float, typer.Option("--guidance", min=0.0, help="diffusion: strength of the guidance towards the given text")
 ]
 _Show = Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")]
 
@@ -82,7 +98,7 @@ def generate(
 
     loaded = load(run)
     if template is not None and prompt:
-        raise UserError("--template and --prompt are both given; the template holds what the text begins with")
+        raise UserError("--template and --prompt are both given; put the prompt at the start of the template")
     prompts = prompt or [""]
     seeds = row_seeds(seed, len(prompts))
     diffusion = loaded.config.training.objective == "diffusion"
@@ -122,7 +138,9 @@ def _refuse_unread(objective: str, of_clm: dict[str, Any], of_diffusion: dict[st
     theirs, reader = (of_clm, "clm") if objective == "diffusion" else (of_diffusion, "diffusion")
     for option, value in theirs.items():
         if value is not None:
-            raise UserError(f"{option} is read by runs of {reader}; this one was trained with {objective}")
+            raise UserError(
+                f"{option} is only used for runs trained with {reader} (this run was trained with {objective})"
+            )
 
 
 def _print_as_written(prompt: str, pieces: Iterable[list[str]]) -> None:

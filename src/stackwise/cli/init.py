@@ -38,5 +38,5 @@ def init(
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: the folder {file.parent} does not exist") from None
     except PermissionError:
-        raise UserError(f"{file}: may not be written by you") from None
+        raise UserError(f"{file}: you have no permission to write it") from None
     print(f"wrote {file} (preset {preset}); next: stackwise train {file} --out runs/first", file=sys.stderr)

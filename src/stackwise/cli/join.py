@@ -14,7 +14,10 @@ from stackwise.signals import stoppable
 
 def join(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="The run of expert 0, and those of the others, trained from it")
+        list[Path],
+        typer.Argument(
+            metavar="RUN…", help="The run of expert 0, then the runs of the other experts, each trained from it"
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")],
     as_json: Json = False,

@@ -32,18 +32,18 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
 
 
 _Memory = Annotated[
-    str | None, typer.Option("--memory", help="Memory of the device, for example 24GiB (default: what it has)")
+    str | None, typer.Option("--memory", help="Memory of the device, for example 24GiB (default: the device's own)")
 ]
 _Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, or one that need not be here: h200, h100, a100, 4090 …")
+    str | None, typer.Option("--device", help="cpu, cuda or mps of this machine, or any of h200, h100, a100, 4090 …")
 ]
 _HostMemory = Annotated[
-    str | None, typer.Option("--host-memory", help="Memory beside an accelerator, for what waits there")
+    str | None, typer.Option("--host-memory", help="Host memory beside an accelerator, for offloaded Stacks")
 ]
-_Disk = Annotated[str | None, typer.Option("--disk", help="Room for checkpoints and the activation cache")]
+_Disk = Annotated[str | None, typer.Option("--disk", help="Disk space for checkpoints and the activation cache")]
 _FlopsPerSecond = Annotated[
     float | None,
-    typer.Option("--flops-per-second", help="FLOP/s that training reaches (default: a share of the device's)"),
+    typer.Option("--flops-per-second", help="FLOP/s that training reaches (default: a share of the device's peak)"),
 ]
 _Recipes = Annotated[str | None, typer.Option("--recipes", metavar="A,B,…", help="Compare these recipes, or all")]
 

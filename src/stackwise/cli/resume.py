@@ -13,7 +13,8 @@ from stackwise.cli.train import Json, TrustPaths
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     step: Annotated[
-        int | None, typer.Option("--step", min=1, help="Go back to the checkpoint of this step (default: the newest)")
+        int | None,
+        typer.Option("--step", min=1, help="Continue from the checkpoint of this step (default: the newest)"),
     ] = None,
     trust_paths: TrustPaths = False,
     as_json: Json = False,

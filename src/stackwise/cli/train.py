@@ -13,11 +13,16 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
 TrustPaths = Annotated[
-    bool, typer.Option("--trust-paths", help="Use what RUN's config names outside RUN, though it was not begun here")
+    bool,
+    typer.Option(
+        "--trust-paths", help="Use paths outside RUN that RUN's config names, even if RUN comes from elsewhere"
+    ),
 ]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="RUN", help="Start from this run's model and tokenizer, where CONFIG says no other"),
+    typer.Option(
+        "--from", metavar="RUN", help="Start from the model of this run, and its tokenizer unless CONFIG names another"
+    ),
 ]
 
 

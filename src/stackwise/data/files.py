@@ -65,7 +65,7 @@ def open_files(paths: Sequence[str], text_field: str, memo: Path | None = None, 
             files.setdefault(file.resolve(), file)
     sources = [_source(file, text_field) for file in files.values()]
     if not any(source.size for source in sources):
-        raise UserError(f"{key}: {', '.join(map(repr, paths))}: no text there: every file is empty")
+        raise UserError(f"{key}: {', '.join(map(repr, paths))}: contains no text: every file is empty")
     return FileCorpus(sources, ", ".join(map(str, paths)), memo)
 
 

@@ -47,7 +47,7 @@ def mask_uniforms(
     if unit != "token":
         if unit == "word":
             if starts is None:
-                raise ValueError("unit word needs starts: which tokens begin a word")
+                raise ValueError("unit word requires starts, which says where words begin")
             begins = starts[tokens]
         else:
             if span_length < 1.0:

@@ -292,7 +292,9 @@ def _build(
             report("tokenizing", sum(n_bytes), scan.n_bytes)
     corpus.check_unchanged()
     if not all(tokens):
-        raise UserError(f"data.path: {corpus.description}: {scan.n_bytes:,} bytes of text are too few to split")
+        raise UserError(
+            f"data.path: {corpus.description}: {scan.n_bytes:,} bytes of text are too few for training and validation"
+        )
     meta = {
         "format": FORMAT_VERSION,
         "corpus": corpus.description,
@@ -356,7 +358,7 @@ def _scan(corpus: Corpus, file: Path, want_characters: bool, report: Progress) -
             n_bytes += size
             out.write(_RECORD.pack(bucket, n_characters))
     if not n_bytes:
-        raise UserError(f"data.path: {corpus.description}: no text there: every document is empty")
+        raise UserError(f"data.path: {corpus.description}: contains no text: every document is empty")
     report("reading the text", n_bytes, n_bytes)
     return _Scan(file, n_documents, n_bytes, bucket_bytes, bucket_documents, frozenset(characters))
 
@@ -384,8 +386,8 @@ def _choose_split(scan: _Scan, config: DataConfig) -> _Split:
     documents, size = np.cumsum(scan.bucket_documents), np.cumsum(scan.bucket_bytes)
     possible = np.flatnonzero((documents > 0) & (documents < scan.n_documents))
     if not possible.size:
-        alike = "there is only one" if scan.n_documents == 1 else f"the {scan.n_documents:,} there are equal"
-        raise UserError(f"data.validation_split: {mode} needs two different documents and {alike}; set it to tail")
+        alike = "there is only one" if scan.n_documents == 1 else f"all {scan.n_documents:,} are equal"
+        raise UserError(f"data.validation_split: {mode} needs two different documents, but {alike}; set it to tail")
     best = int(possible[np.argmin(np.abs(size[possible] - fraction * scan.n_bytes))])
     return _Split("documents", fraction, best + 1, int(scan.n_bytes - size[best]))
 

@@ -204,7 +204,7 @@ class LibraryTokenizer(Tokenizer):
             if type(error) is not Exception:  # what the library raises for a text that it has no tokens for, only
                 raise
             raise UserError(
-                f"data.tokenizer: it cannot encode the text ({error}); use one that knows all of it, as bytes does"
+                f"data.tokenizer: the tokenizer cannot encode the text ({error}); use one that can, such as kind: bytes"
             ) from None
         if self.kind == "pretrained":
             self._refuse_dropped("".join(texts))
@@ -225,8 +225,8 @@ class LibraryTokenizer(Tokenizer):
             normal = self._library.normalizer.normalize_str(character) if self._library.normalizer else character
             if not normal.isspace() and normal and not self._library.encode(character, add_special_tokens=False).ids:
                 raise UserError(
-                    f"data.tokenizer: it has no token for {character!r} (U+{ord(character):04X}) and drops it from the "
-                    "text; use one that knows all of it, as bytes does"
+                    f"data.tokenizer: the tokenizer has no token for {character!r} (U+{ord(character):04X}) and "
+                    "would drop it from the text; use one that has it, such as kind: bytes"
                 )
             self._kept.add(character)
 
@@ -339,7 +339,7 @@ def open_pretrained(path: str | Path) -> Tokenizer:
     end = named.get("eos_token") or named.get("sep_token") or first(_END_NAMES)
     if end is None:
         raise UserError(
-            f"{key}: no token that ends a document; name it as eos_token in a tokenizer_config.json beside the file"
+            f"{key}: it has no end-of-document token; name one as eos_token in a tokenizer_config.json beside the file"
         )
     pad = named.get("pad_token") or first(_PAD_NAMES)
     return LibraryTokenizer(library, "pretrained", end=end, pad=pad, mask=named.get("mask_token") or first(_MASK_NAMES))

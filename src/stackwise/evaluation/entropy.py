@@ -25,7 +25,7 @@ def ngram_entropies(tokens: np.ndarray, given: frozenset[int] = frozenset()) -> 
     predicted = ~np.isin(tokens, sorted(given))
     before, after = tokens[:-1][predicted[1:]], tokens[1:][predicted[1:]]
     if not len(after):
-        raise ValueError(f"{len(tokens)} tokens have no pairs")
+        raise ValueError(f"{len(tokens)} tokens make no pair; at least 2 are needed")
     _, first = np.unique(before, return_counts=True)
     _, unigram = np.unique(tokens[predicted], return_counts=True)
     width = int(tokens.max()) + 1

@@ -44,7 +44,7 @@ def evaluate_run(
     if data:
         tokens, n_bytes = encode_files([str(p) for p in data], tokenizer, config.data.text_field)
         if not n_bytes:
-            raise UserError(f"--data: {', '.join(map(str, data))}: no text there")
+            raise UserError(f"--data: {', '.join(map(str, data))}: contains no text")
         bytes_per_token = n_bytes / len(tokens)
     else:
         tokens, bytes_per_token = _own_text(Path(path), loaded, reporter, trust_paths)
@@ -79,7 +79,7 @@ def evaluate_run(
 def _own_text(path: Path, loaded: LoadedRun, reporter: Reporter, trust_paths: bool) -> tuple[np.ndarray, float]:
     """The tokens of the run's validation text, and the bytes that one of them stands for."""
     if loaded.checkpoint.state.get("data", ...) is None:
-        raise UserError(f"{path}: it was not trained here, so no text is its own; give the text with --data F")
+        raise UserError(f"{path}: this run was imported, so it has no validation text; name a text with --data F")
     run_dir = RunDir.open(path)
     if not trust_paths:
         check_origin(run_dir, loaded.config, TEXT, ", --data F scores other text")

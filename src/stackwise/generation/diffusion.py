@@ -104,7 +104,7 @@ def _check_settings(
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; allowed: 1 and above")
     if steps is not None and levels is not None:
-        raise ValueError("levels and steps are both given; levels say how many steps there are")
+        raise ValueError("levels and steps are both given; leave steps out, because levels set their number")
     if guidance is not None and not 0 <= guidance[0] < math.inf:
         raise ValueError(f"guidance is {guidance[0]}; allowed: 0 and above")
 
@@ -112,7 +112,7 @@ def _check_settings(
 def _only(order: str, readers: tuple[str, ...], **option: object) -> None:
     for name, value in option.items():
         if value is not None and order not in readers:
-            raise ValueError(f"{name} is read by the order {', '.join(readers)}; order is {order}")
+            raise ValueError(f"{name} is only used with order {', '.join(readers)} (order is {order})")
 
 
 def _guided(

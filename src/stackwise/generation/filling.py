@@ -72,13 +72,13 @@ def fill_texts(
     variant, block = config.training.depth_variant, config.training.diffusion.block_length
     if variant == "prefix" and (guidance or order not in (None, "ancestral")):
         raise UserError(
-            "one pass through the Stacks (depth_variant: prefix) reveals tokens Stack by Stack; order must be "
+            "depth_variant: prefix reveals tokens Stack by Stack in one pass; order must be "
             "ancestral, and there is no guidance"
         )
     try:
         if block is not None:
             if guidance:
-                raise ValueError(f"guidance is {guidance}, but blocks have none")
+                raise ValueError(f"guidance is {guidance}, but block diffusion (block_length) has no guidance")
             if not isinstance(seed, int):
                 given["seed"] = seed[0]
             many = generate_blocks(rack, tokens, block, order=order or "first_hitting", steps=steps, **given)

@@ -64,7 +64,7 @@ def stream_texts(
             "; generate needs clm"
         )
     if "" in stop:
-        raise UserError("stop: an empty text ends nothing; give at least one character")
+        raise UserError("stop: an empty text is not allowed; give at least one character")
     starts = [[tokenizer.end_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     never = tokenizer.special_ids - {tokenizer.end_id}
     never |= frozenset(range(tokenizer.vocab_size, rack.vocab_size))  # rows of the head that no token has

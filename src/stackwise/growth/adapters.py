@@ -176,7 +176,7 @@ def load_adapters(rack: Rack, folder: str | Path, kind: AdapterKind = "stack") -
     names = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
     for name in names:
         if name not in layers:
-            raise UserError(f"{folder}: it adapts {name}, which the Rack does not have")
+            raise UserError(f"{folder}: it adapts the layer {name}, which the Rack does not have")
         layer = layers[name]
         a, b = (tensors.get(f"{_PREFIX}{name}.lora_{factor}.weight") for factor in "AB")
         if a is None or b is None or a.shape[1] != layer.in_features or b.shape != (layer.out_features, a.shape[0]):

@@ -54,8 +54,9 @@ class Course:
         self._adapters: dict[tuple[int, AdapterKind], Adapter] = {}
         if config.training.qlora.varies and any(k >= config.target_stacks for k in present):
             raise UserError(
-                f"training.progressive.target_stacks: {config.target_stacks}, but the Rack has a Stack {max(present)}; "
-                "training.qlora.rank_pattern and alpha_pattern count all Stacks, so set it higher"
+                f"training.progressive.target_stacks: {config.target_stacks} is too low: the Rack has a Stack with id "
+                f"{max(present)}, and training.qlora.rank_pattern and alpha_pattern count all Stacks; "
+                f"set at least {max(present) + 1}"
             )
         for k in present:
             self._give_stack_adapter(k)
@@ -145,9 +146,7 @@ class Course:
     ) -> None:
         config = self.config
         if len(self.drafts) == MAX_PHASES:
-            raise UserError(
-                f"the curriculum has more than {MAX_PHASES:,} phases: fewer cycles, Stacks or Blocks are taken"
-            )
+            raise UserError(f"the curriculum has more than {MAX_PHASES:,} phases; reduce the cycles, Stacks or Blocks")
         before = [draft.phase.name for draft in self.drafts]
         times = 1 + sum(other == name or other.startswith(f"{name} (") for other in before)
         parts = [part if isinstance(part, str) else f"stack.{part}" for part in trained]
@@ -230,7 +229,8 @@ def grow(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     total = sum(shares[k] for k in waiting) / (1.0 - joint)
     if total == 0.0:
         raise UserError(
-            f"training.progressive.phase_fractions: the Stacks to grow, from {waiting[0]} on, have no share"
+            f"training.progressive.phase_fractions: the Stacks that are still to be added ({waiting[0]} and "
+            "above) have no share"
         )
     for group in [waiting] if interleave else [[new] for new in waiting]:
         course.add(
@@ -255,8 +255,8 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
     given = [entry.share for entry in entries]
     if None in given and sum(share or 0.0 for share in given) >= 1.0:
         raise UserError(
-            f"training.phases[{given.index(None)}].share: null is a part of what the others leave of the budget, and "
-            "they leave nothing; give it a share, or the others less"
+            f"training.phases[{given.index(None)}].share: null is an equal part of what the other entries leave of "
+            "the budget, but they leave nothing; set a share here, or reduce theirs"
         )
     missing = max(0.0, 1.0 - sum(share or 0.0 for share in given)) / max(1, given.count(None))
     shares = [missing if share is None else share for share in given]
@@ -264,15 +264,16 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
         share, where = part / sum(shares), f"training.phases[{i}]"
         course.objective = entry.objective or config.training.progressive.training_objective
         if entry.add is None and not course.stacks:
-            raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add some")
+            raise UserError(f"{where}: the Rack has no Stack yet; the first entry must add one")
         if entry.at == "between" and not course.stacks:
-            raise UserError(f"{where}.at: 'between' needs Stacks that are there; allowed here: right, left, middle")
+            raise UserError(f"{where}.at: 'between' requires existing Stacks; allowed here: right, left, middle")
         if entry.add is not None:
             waiting = _waiting(config, course.stacks, where)
             count = len(waiting) if isinstance(entry.add, str) else entry.add
             if count > len(waiting):
                 raise UserError(
-                    f"{where}.add: {count}, but {len(waiting)} are left of the {config.target_stacks} Stacks to grow"
+                    f"{where}.add: {count} is too many: only {len(waiting)} of the "
+                    f"{config.target_stacks} Stacks are left to add"
                 )
             groups = [[k] for k in waiting] if entry.add == "each" else [waiting[:count]]
             for group in groups:
@@ -296,7 +297,9 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
             assert isinstance(entry.trains, tuple)
             lacking = [k for k in entry.trains if isinstance(k, int) and k not in course.stacks]
             if lacking:
-                raise UserError(f"{where}.trains: there is no Stack {lacking[0]} then, but {list(course.stacks)}")
+                raise UserError(
+                    f"{where}.trains: the Rack has no Stack {lacking[0]} in this phase; it has {list(course.stacks)}"
+                )
             ids = [k for k in course.stacks if k in entry.trains]
             name = f"entry {i}: " + (", ".join(f"stack {k}" for k in ids) or "no stack")
             course.train(name, [f"stack.{k}" for k in ids], "embedding" in entry.trains, share)
@@ -309,9 +312,10 @@ def _waiting(config: StackWiseConfig, present: tuple[int, ...], where: str = "")
     if first >= target:
         key = "training.progressive.target_stacks"
         if not where:
-            raise UserError(f"{key}: {target}, but the Rack has {len(present)} Stacks already; set it higher")
+            raise UserError(f"{key}: {target} leaves no Stack to add to the {len(present)} of the Rack; raise it")
         raise UserError(
-            f"{where}: {target} Stacks are to be grown, but the Rack has {len(present)} then; set {key} higher"
+            f"{where}: no Stack is left to add, because the Rack already has {len(present)} of {target} "
+            f"Stacks; raise {key}"
         )
     return list(range(first, target))
 
@@ -405,8 +409,8 @@ def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
             narrowest = min(training) / sum(training)
             raise UserError(
                 f"training.batch_size: {config.training.batch_size} leaves a Stack without a sequence in some "
-                f"steps: the narrowest of {len(training)} noise intervals is {narrowest:.3g} of them; raise it, "
-                "or choose other training.diffusion.levels"
+                f"steps: the narrowest of the {len(training)} noise intervals gets {narrowest:.3g} of the batch; "
+                "raise it, or choose other training.diffusion.levels"
             )
         found.append(replace(draft, phase=replace(phase, trains=trains, noise=noise)))
     return found
@@ -452,7 +456,7 @@ def _sharing_examples(phases: list[Phase], config: StackWiseConfig) -> list[Phas
         )
         if room < 1:
             raise UserError(
-                f"training.cache.max_bytes: {training.cache.max_bytes} has no room for one batch of "
+                f"training.cache.max_bytes: {training.cache.max_bytes} is too small for one batch of "
                 f"{training.batch_size} × {training.seq_len} tokens of width {config.model.d_model}"
             )
         count = min(count, room)

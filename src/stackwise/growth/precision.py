@@ -43,8 +43,8 @@ class PrecisionManager:
             precision = self.precision_of(stack)
             if f"stack.{stack.stack_id}" in wanted and precision not in trainable:
                 raise ValueError(
-                    f"Stack {stack.stack_id} is stored in {precision}, which cannot train; "
-                    f"allowed for what trains: {', '.join(trainable)}; adapters train beside any of them"
+                    f"Stack {stack.stack_id} is stored in {precision}, which cannot be trained; "
+                    f"allowed for a Stack that trains: {', '.join(trainable)}; adapters train beside any storage"
                 )
 
     def described(self, rack: Rack) -> dict[str, str]:

@@ -173,7 +173,7 @@ class ProgressiveRackBuilder:
     ) -> None:
         mode = building_mode or config.training.progressive.building_mode
         if mode not in ("append", "prepend"):
-            raise ValueError(f"building_mode is {mode!r}; a builder adds at an end: append, prepend")
+            raise ValueError(f"building_mode is {mode!r}; allowed for a builder: append, prepend")
         self.config = resolve_family(config.changed({"training.progressive.building_mode": mode}))
         self.building_mode = mode
         self.rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=vocab_size)

@@ -55,11 +55,13 @@ def export_run(
     ):
         if value is not None:
             raise UserError(
-                f"{run}: {key} is {value}, and a model of transformers runs all its layers in one way alone"
+                f"{run}: {key} is {value}, but a transformers model always runs all its layers once, in order"
             )
     rows = loaded.rack.spec.learned_positions
     if max_tokens is not None and rows is not None and max_tokens != rows:
-        raise UserError(f"--max-tokens: {max_tokens}, but the model has learned {rows} positions; leave it out")
+        raise UserError(
+            f"--max-tokens: {max_tokens} differs from the {rows} learned positions of the model; leave it out"
+        )
     return export_rack(loaded.rack, loaded.tokenizer, out, max_tokens or loaded.config.training.seq_len)
 
 

@@ -112,7 +112,7 @@ class StoredTensors:
         with self._open(file) as content:
             tensor: Tensor = content.get_tensor(stored)
         if not tensor.is_floating_point():
-            raise UserError(f"{file}: {stored} holds {tensor.dtype} and no floating-point numbers")
+            raise UserError(f"{file}: {stored} has the type {tensor.dtype}; weights must be floating-point numbers")
         values = tensor.float()
         odd = values.numel() - int(torch.isfinite(values).sum())
         if odd:
@@ -141,8 +141,8 @@ def check_names_and_shapes(rack: Rack, family: Family, stored: StoredTensors, fo
     odd = [name for name in stored if name not in names and not name.endswith(family.ignored or "\0")]
     if odd:
         raise UserError(
-            f"{folder}: {odd[0]} has no place in a Rack ({len(odd)} such tensors); its layers differ from what "
-            f"{family.architecture} is here"
+            f"{folder}: the tensor {odd[0]} has no counterpart in a Rack ({len(odd)} such tensors); the layers "
+            f"differ from those of {family.architecture}"
         )
     for entry in entries:
         there, expected = stored.shape(entry.theirs), entry.shape(shapes)
@@ -172,7 +172,9 @@ def _load(folder: Path, n_stacks: int, extra: dict[str, Any]) -> tuple[Rack, Sta
     family = family_of(settings, folder)
     n = family.n_blocks(settings)
     if not 1 <= n_stacks <= n:
-        raise UserError(f"--stacks: {n_stacks} is out of range; the model has {n} layers: at least 1 and at most {n}")
+        raise UserError(
+            f"--stacks: {n_stacks} is out of range; must be at least 1 and at most {n}, the number of layers"
+        )
     config = family.config(settings, n_stacks, extra)
     stored = StoredTensors(weight_files(folder))
     if n > len(stored):
@@ -209,7 +211,8 @@ def import_folder(folder: str | Path, out: str | Path, n_stacks: int = 1) -> dic
     rack, config = _load(folder, n_stacks, extra)
     if tokenizer.vocab_size > rack.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens, but the model {rack.vocab_size:,} rows"
+            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens, but its embedding "
+            f"only {rack.vocab_size:,} rows"
         )
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in rack.parts()}
     for part, name, tensor in rack.part_tensors():

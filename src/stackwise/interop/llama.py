@@ -139,8 +139,8 @@ class DeepseekV3(Llama):
             raise UserError(f"config.json: first_k_dense_replace: {dense!r} is not a whole number")
         if dense < n:
             raise UserError(
-                f"config.json: first_k_dense_replace: {dense} leaves experts in {n - dense} of {n} layers; "
-                "a Rack has none: it must be num_hidden_layers at least"
+                f"config.json: first_k_dense_replace: {dense} leaves experts in {n - dense} of {n} layers, "
+                "but a Rack has no experts; it must be at least num_hidden_layers"
             )
         plain = {key: value for key, value in settings.items() if key != "head_dim"}
         model = super().model(plain)

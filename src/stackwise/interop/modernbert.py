@@ -103,8 +103,8 @@ class ModernBert(Family):
         repeat = _every(full)
         if repeat is None and any(full):
             raise UserError(
-                f"config.json: layer_types: {types} cannot be expressed as a Rack; allowed: every so many layers, from "
-                "the first on, full_attention"
+                f"config.json: layer_types: {types} cannot be expressed as a Rack; allowed: "
+                "full_attention in the first layer and at regular intervals after it"
             )
         return {
             **model,

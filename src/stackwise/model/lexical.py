@@ -306,13 +306,13 @@ def resolve_family(config: StackWiseConfig) -> StackWiseConfig:
     family = LexicalKernelManager.from_config(config)
     if settings.embedding_dim not in (None, family.embedding_dim):
         raise ConfigError(
-            f"model.tokenizer_embedding.embedding_dim: {settings.embedding_dim}, but the table of "
-            f"{family.family!r} is {family.embedding_dim} wide; leave it out"
+            f"model.tokenizer_embedding.embedding_dim: {settings.embedding_dim} differs from the width of the "
+            f"embedding of {family.family!r} ({family.embedding_dim}); leave it out"
         )
     if config.model.vocab_size not in (None, family.vocab_size):
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size}, but the table of {family.family!r} has "
-            f"{family.vocab_size} rows; leave it out"
+            f"model.vocab_size: {config.model.vocab_size} differs from the number of tokens in the embedding of "
+            f"{family.family!r} ({family.vocab_size}); leave it out"
         )
     tokenizer = config.data.tokenizer
     path = tokenizer.path if tokenizer.kind == "pretrained" else None
@@ -327,8 +327,8 @@ def resolve_family(config: StackWiseConfig) -> StackWiseConfig:
             )
     if known.vocab_size > family.vocab_size:
         raise ConfigError(
-            f"model.tokenizer_embedding.family: {family.family!r} has a table of {family.vocab_size} rows for the "
-            f"{known.vocab_size} tokens of its tokenizer"
+            f"model.tokenizer_embedding.family: the embedding of {family.family!r} has {family.vocab_size} "
+            f"rows, fewer than the {known.vocab_size} tokens of its tokenizer"
         )
     data = config.to_dict()
     data["model"]["vocab_size"] = family.vocab_size

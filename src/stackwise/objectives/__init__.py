@@ -45,7 +45,9 @@ def create_objective(
     if tokenizer is None:
         raise UserError(f"{key} needs the tokenizer, for its mask token")
     if tokenizer.mask_id is None:
-        raise UserError(f"data.tokenizer: it has no mask token, which {name} needs; use bytes, characters or bpe")
+        raise UserError(
+            f"data.tokenizer: the tokenizer has no mask token, which {name} needs; use bytes, characters or bpe"
+        )
     if name == "mlm":
         starts = tokenizer.word_starts() if training.masking.unit == "word" else None
         return MaskedObjective(

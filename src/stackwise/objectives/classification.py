@@ -42,8 +42,8 @@ class ClassificationObjective(CrossEntropyObjective):
         strange = batch.targets[(batch.targets < 0) | (batch.targets >= self.classes)]
         if strange.size:
             raise UserError(
-                f"labels: {strange[0]} is no class; training.classification.classes is {self.classes}, so they are "
-                f"0 to {self.classes - 1}"
+                f"labels: {strange[0]} is out of range; training.classification.classes is {self.classes}, so labels "
+                f"are 0 to {self.classes - 1}"
             )
         return Example(Reading(torch.from_numpy(batch.tokens[:, :-1])), torch.from_numpy(batch.targets))
 

@@ -98,7 +98,7 @@ def attend(
     if T != S and (causal or window is not None):
         raise ValueError(f"causal and local attention need as many queries as keys; there are {T} and {S}")
     if seen is not None and (causal or window is not None):
-        raise ValueError("seen says which keys a query sees; it goes with neither causal nor window")
+        raise ValueError("seen says which keys a query sees; it cannot be combined with causal or window")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -119,7 +119,7 @@ def named_machine(name: str, training: TrainingConfig, folder: Path | None = Non
             return this_machine(training.model_copy(update={"device": wanted}), folder)
         except UserError:
             raise UserError(
-                f"--device: {name} is not on this machine; name one that need not be here: {', '.join(DEVICES)}"
+                f"--device: {name} is not on this machine; allowed for another machine: {', '.join(DEVICES)}"
             ) from None
     if wanted not in DEVICES:
         raise UserError(f"--device: {name!r} is not known; {allowed(wanted, ('cpu', 'cuda', 'mps', *DEVICES))}")

@@ -64,7 +64,7 @@ def draw_run(run: str | Path, out: str | Path) -> None:
     summary, metrics = folder.read_summary(), folder.read_metrics()
     phases = _phases(StackWiseConfig.from_yaml(folder.config), summary, folder.path)
     if not metrics:
-        raise UserError(f"{folder.metrics}: it holds no step; there is nothing to draw")
+        raise UserError(f"{folder.metrics}: contains no step, so there is nothing to draw")
     kind = out.suffix.removeprefix(".").lower() or "svg"
     picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):

@@ -32,25 +32,27 @@ def join_runs(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     require_free(out)
     loaded = {str(path): load(path) for path in runs}
     if len(loaded) < 2:
-        raise UserError("join needs two runs at least: that of expert 0, and one for each other Stack")
+        raise UserError("join needs at least two runs: one of expert 0, and one for each other Stack")
     experts: dict[int, str] = {}
     for path, run in loaded.items():
         expert = run.config.training.diffusion.expert
         if expert is None:
             raise UserError(f"{path}: it is not the run of one expert (training.diffusion.expert is null)")
         if expert in experts:
-            raise UserError(f"{path}: it is of expert {expert}, as {experts[expert]} is")
+            raise UserError(f"{path}: a run of expert {expert} is given already: {experts[expert]}")
         experts[expert] = path
     first = next(iter(loaded.values()))
     wanted = set(range(first.config.target_stacks))
     if set(experts) != wanted:
         lacking = sorted(wanted - set(experts))
-        raise UserError(f"join: there is no run of expert {lacking[0]}; {len(wanted)} Stacks need one each")
+        raise UserError(f"join: the run of expert {lacking[0]} is missing; each of the {len(wanted)} Stacks needs one")
     shared = _shared(loaded[experts[0]])
     for path, run in loaded.items():
         different = [part for part, digest in _shared(run).items() if shared.get(part) != digest]
         if different:
-            raise UserError(f"{path}: its {different[0]} is not that of {experts[0]}; train it --from that run")
+            raise UserError(
+                f"{path}: its {different[0]} differs from that of {experts[0]}; train it with --from {experts[0]}"
+            )
     tensors = {part: dict(named) for part, named in loaded[experts[0]].rack.tensors_by_part().items()}
     for k in sorted(wanted - {0}):
         tensors[f"stack.{k}"] = loaded[experts[k]].rack.tensors_by_part()[f"stack.{k}"]

@@ -125,7 +125,7 @@ class DiskRecords:
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be read: {error}; {_advice(folder)}") from error
         if manifest != _facts(boundary, layout):
-            raise RunError(f"{path}: this is another cache than the one to read here; {_advice(folder)}")
+            raise RunError(f"{path}: this cache does not belong to this phase; {_advice(folder)}")
         return cls(folder, boundary, layout)
 
     @classmethod

@@ -174,7 +174,7 @@ class CheckpointStore:
                 raise self._with_advice(lost_manifest, newest)
         elif step not in steps:
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint of step {step}, but of {', '.join(map(str, steps))}"
+                f"{self.folder} holds no checkpoint of step {step}; there are steps {', '.join(map(str, steps))}"
             )
         try:
             manifest = self._read_manifest(step)

@@ -45,7 +45,7 @@ def check_origin(run: RunDir, config: StackWiseConfig, keys: tuple[str, ...], ad
         return
     key, value = outside[0]
     raise UserError(
-        f"{run.path}: its {key} names {value!r}, outside the run, and nothing shows that you set it; "
+        f"{run.path}: its {key} names {value!r}, which is outside the run, and nothing shows that you set it; "
         f"--trust-paths uses it all the same{advice}"
     )
 

@@ -118,7 +118,7 @@ class RunDir:
             for path in (Path(folder, name) for name in names):
                 with contextlib.suppress(OSError):  # whoever reads it says what is wrong
                     if not stat.S_ISREG(path.stat().st_mode):
-                        raise UserError(f"{path} is no regular file; a run holds files and folders only")
+                        raise UserError(f"{path} is not a regular file; a run holds files and folders only")
 
     def discard(self) -> None:
         """Removes a run that has not begun: its config and its tokenizer, and the folder if nothing else is in it.

@@ -111,7 +111,7 @@ def read_summary(run: RunDir) -> dict[str, Any]:
     try:
         _Summary.model_validate_json(json.dumps(summary))
     except ValidationError as error:
-        raise RunError(f"{run.summary}: no summary of a run: {_first(error)}") from None
+        raise RunError(f"{run.summary}: not the summary of a run: {_first(error)}") from None
     return summary
 
 
@@ -140,4 +140,6 @@ def load_checkpoint(store: CheckpointStore, step: int | None = None) -> Checkpoi
             problem = f"adapters names Stack {odd[0]}, which is not there"
         else:
             return checkpoint
-    raise CheckpointError(f"the checkpoint of step {checkpoint.step} in {store.folder} is no state of a run: {problem}")
+    raise CheckpointError(
+        f"the checkpoint of step {checkpoint.step} in {store.folder} does not hold the state of a run: {problem}"
+    )

@@ -51,7 +51,8 @@ class TokenSource:
     def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
         if objective.labels != "inputs":
             raise UserError(
-                f"the objective {objective.name} takes labels, which a token array has not; give batches with labels"
+                f"the objective {objective.name} needs labels, which a token array does not have; "
+                "give batches with labels"
             )
         self._loader, self._objective = loader, objective
 
@@ -114,7 +115,7 @@ class IterableSource:
             return replace(example, reading=reading)
         if example.counted is not None:
             if mask is not None or bool((~counts).any()):
-                raise UserError("the objective diffusion takes batches without padding, all of whose tokens count")
+                raise UserError("the objective diffusion needs batches without padding in which every token counts")
             return example
         shifted = real & torch.cat((counts[:, 1:], torch.zeros(B, 1, dtype=torch.bool)), dim=1)
         counted = shifted if self._objective.predicts_every_token else counts
