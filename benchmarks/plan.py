@@ -115,8 +115,10 @@ def counted_flops(config: Any, out: Path) -> list[int]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     from stackwise.runs.run import train_run
-    from stackwise.training.loop import Loop
+    from stackwise.store.state import RunState
     from stackwise.training.progress import SilentReporter
+    from stackwise.training.stage import Stage
+    from stackwise.training.step import Step, take_step
 
     def forward(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -130,17 +132,16 @@ def counted_flops(config: Any, out: Path) -> list[int]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     counts: list[int] = []
-    step = Loop._step
 
-    def counting(loop: Loop, *args: Any) -> Any:
-        if loop.state.phase_step:
-            return step(loop, *args)
+    def counting(stage: Stage, state: RunState) -> Step:
+        if state.phase_step:
+            return take_step(stage, state)
         with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-            result = step(loop, *args)
+            result = take_step(stage, state)
         counts.append(counter.get_total_flops())
         return result
 
-    with mock.patch.object(Loop, "_step", counting):
+    with mock.patch("stackwise.training.loop.take_step", counting):
         train_run(config, out, SilentReporter())
     return counts
 

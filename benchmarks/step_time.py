@@ -36,10 +36,9 @@ from stackwise.model.architecture import Rack, create_rack_from_config
 from stackwise.objectives import CausalObjective, Objective
 from stackwise.objectives.base import Example
 from stackwise.ops.precision import autocast
-from stackwise.planning.devices import peak_flops
 from stackwise.planning.plan import plan_phases
+from stackwise.runs.build import create_loop
 from stackwise.store.rundir import RunDir
-from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import SilentReporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
@@ -152,20 +151,8 @@ def measure(shape: dict[str, int], rounds: int, block: int, device: str, folder:
     objective = CausalObjective()
     turns = Turns(TokenSource(loader, objective), plain, block, planned.device)
     run = RunDir.create(folder, config.to_yaml())
-    Loop(
-        rack,
-        planned.phases,
-        turns,
-        {"clm": objective},
-        config,
-        step_flops=[cost.flops for cost in planned.costs],
-        device=planned.device,
-        compute_dtype=planned.compute_dtype,
-        peak_flops=peak_flops(planned.device, planned.compute_dtype),
-        validate=None,
-        run=run,
-        reporter=SilentReporter(),
-        memory=PeakMemory(planned.device),
+    create_loop(
+        config, rack, planned, turns, {"clm": objective}, SilentReporter(), PeakMemory(planned.device), run=run
     ).train()
     ours, ours_cpu = np.array(turns.ours[WARMUP_ROUNDS:]).T
     plains, plains_cpu = np.array(turns.plains[WARMUP_ROUNDS:]).T

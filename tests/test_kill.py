@@ -22,7 +22,6 @@ import torch
 
 from stackwise.cli.main import main
 from stackwise.errors import RunError
-from stackwise.training.loop import Loop
 
 LIMIT = 240
 """Seconds that one process may take on a busy machine."""
@@ -168,7 +167,7 @@ def test_a_run_that_goes_back_and_fails_at_once_is_not_complete_and_goes_on_from
         raise RunError("no step was taken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", fail)
+        patch.setattr("stackwise.training.loop.take_step", fail)
         assert main(["resume", str(finished), "--step", str(earlier)]) == 1
     assert not (finished / "summary.json").exists()
     assert newest_steps(finished) == [earlier]

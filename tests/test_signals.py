@@ -16,7 +16,9 @@ from stackwise.errors import RunError, StoppedBySignal
 from stackwise.planning.dry_step import Ledger
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.store.activation_cache import ActivationCache
-from stackwise.training.loop import Loop
+from stackwise.store.state import RunState
+from stackwise.training.stage import Stage
+from stackwise.training.step import Step, take_step
 
 CONFIG = """
 model: {{d_model: 20, n_heads: 2, d_ff: 22, architecture: {{n_stacks: 2, blocks_per_stack: 1}}}}
@@ -64,12 +66,12 @@ def test_a_second_signal_ends_the_process_at_once_with_a_line(config: Path) -> N
     done = process(
         """
 from stackwise.store.activation_cache import ActivationCache
-from stackwise.training.loop import Loop
+from stackwise.training import loop
 def step(*_):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     raise AssertionError("still here")
-Loop._step = step""",
+loop.take_step = step""",
         "train", str(config), "--out", str(run),
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
@@ -155,15 +157,15 @@ def test_signals_go_back_to_who_had_them() -> None:
 def test_the_last_step_is_taken_before_a_signal_stops_the_run(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, inner = config.parent / "run", Loop._step
+    run = config.parent / "run"
 
-    def step(self: Loop, *rest: object):  # type: ignore[no-untyped-def]
-        if self.state.step == 4:
+    def step(stage: Stage, state: RunState) -> Step:
+        if state.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return inner(self, *rest)  # type: ignore[arg-type]
+        return take_step(stage, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", step)
+        patch.setattr("stackwise.training.loop.take_step", step)
         assert main(["train", str(config), "--out", str(run)]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "stackwise: stopped by SIGINT after step 5; its checkpoint is saved"

@@ -17,8 +17,9 @@ from stackwise.planning.cost import RUNTIME_BYTES
 from stackwise.planning.dry_step import Ledger
 from stackwise.planning.plan import plan_run
 from stackwise.runs.run import load, resume_run, train_run
-from stackwise.training.loop import Loop
 from stackwise.training.progress import SilentReporter
+from stackwise.training.saving import Saver
+from stackwise.training.step import take_step
 
 FROZEN = ["training.strategy=progressive", "training.progressive.trunk_strategy=frozen"]
 DEPTH = "training.progressive.time_interpretation=depth"
@@ -79,14 +80,14 @@ def test_a_run_resumes_exactly_and_ends_with_a_bound(folder, tmp_path, name):
     class Killed(Exception):
         pass
 
-    save = Loop._save
+    save = Saver.save
 
-    def dying(loop, *args):
-        save(loop, *args)
-        if loop.state.step == 4:
+    def dying(saver, stage, state):
+        save(saver, stage, state)
+        if state.step == 4:
             raise Killed
 
-    with mock.patch.object(Loop, "_save", dying), pytest.raises(Killed):
+    with mock.patch.object(Saver, "save", dying), pytest.raises(Killed):
         train_run(settings, tmp_path / "killed", SilentReporter())
     resumed = resume_run(tmp_path / "killed", SilentReporter())
     assert resumed["weights_sha256"] == whole["weights_sha256"]
@@ -108,15 +109,14 @@ def counted(settings, out):
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    step = Loop._step
 
-    def counting(loop, *args):
+    def counting(stage, state):
         with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-            result = step(loop, *args)
-        steps.append((loop.state.phase, counter.get_total_flops()))
+            result = take_step(stage, state)
+        steps.append((state.phase, counter.get_total_flops()))
         return result
 
-    with mock.patch.object(Loop, "_step", counting):
+    with mock.patch("stackwise.training.loop.take_step", counting):
         train_run(settings, out, SilentReporter())
     return steps
 
@@ -141,21 +141,20 @@ def test_the_planned_peak_is_what_a_real_step_holds(folder, tmp_path, name):
     settings = config(folder, *KINDS[name], "model.d_model=60", "model.d_ff=100")
     planned = plan_run(settings, folder).costs[-1]
     peaks = []
-    step = Loop._step
 
-    def measured(loop, optimizer, parameters, check, examples):
-        example = loop._of_phase[0].example(loop.state.step)
+    def measured(stage, state):
+        example, rack = stage.source.example(state.step), stage.context.rack
         ledger = Ledger()
-        for _, _, tensor in loop.rack.part_tensors():
+        for _, _, tensor in rack.part_tensors():
             ledger.ignore(tensor)
         with ledger:
-            loop._of_phase[1].loss(loop.rack, example, 1.0 / example.n_targets).backward()
-        for parameter in parameters.values():
+            stage.objective.loss(rack, example, 1.0 / example.n_targets).backward()
+        for parameter in stage.parameters.values():
             parameter.grad = None
         peaks.append(ledger.peak)
-        return step(loop, optimizer, parameters, check, examples)
+        return take_step(stage, state)
 
-    with mock.patch.object(Loop, "_step", measured):
+    with mock.patch("stackwise.training.loop.take_step", measured):
         train_run(settings.changed({"training.max_steps": 3}), tmp_path / "run", SilentReporter())
     held = planned.weights + planned.optimizer + max(peaks[-1:])
     assert planned.peak - RUNTIME_BYTES == pytest.approx(held, rel=0.03)

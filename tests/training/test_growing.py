@@ -1,6 +1,7 @@
 """Growth through the loop: every trunk strategy, storage and place, fed from the cache, streamed from disk, resumed."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
+from stackwise.planning.plan import Planned
+from stackwise.runs.build import create_loop
 from stackwise.store.checkpoints import CheckpointStore
 from stackwise.store.objects import weights_sha256
 from stackwise.store.rundir import RunDir
 from stackwise.store.structure import rack_of_checkpoint
-from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import SilentReporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
@@ -104,7 +106,7 @@ class Recorder(SilentReporter):
         self.stop_after, self.stop_in_cache, self.worked = stop_after, stop_in_cache, 0
 
     def tensors(self):
-        return {f"{part}/{name}": t.detach().clone() for part, name, t in self.loop.rack.part_tensors()}
+        return {f"{part}/{name}": t.detach().clone() for part, name, t in self.loop.context.rack.part_tensors()}
 
     def phase(self, text, total_steps, done):
         self.starts.append(self.tensors())
@@ -121,6 +123,15 @@ class Recorder(SilentReporter):
         self.ends.append(self.tensors())
 
 
+CPU = torch.device("cpu")
+
+
+def planned(phases):
+    """A step takes 3 FLOPs, and filling the cache from the boundary before 2 · 3.5."""
+    costs = [SimpleNamespace(flops=3.0, roll_flops=(3.5,) * phase.enters) for phase in phases]
+    return Planned(phases, costs, CPU, None, V)
+
+
 def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, validate=None, settings=None):
     settings = settings or config(*overrides)
     if checkpoint is None:
@@ -132,23 +143,11 @@ def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, valida
         rack = rack_of_checkpoint(checkpoint, settings, V, away)
     recorder = recorder or Recorder()
     objective = CausalObjective()
-    loop = Loop(
-        rack,
-        phases,
-        TokenSource(ProgressiveDataLoader(TOKENS, settings), objective),
-        {"clm": objective},
-        settings,
-        step_flops=[3.0] * len(phases),
-        preparation_flops=[7.0 * phase.cached for phase in phases],
-        device=torch.device("cpu"),
-        compute_dtype=None,
-        peak_flops=None,
-        validate=validate,
-        run=run,
-        reporter=recorder,
-        memory=PeakMemory(torch.device("cpu")),
-        checkpoint=checkpoint,
-    )
+    source = TokenSource(ProgressiveDataLoader(TOKENS, settings), objective)
+    loop = create_loop(
+        settings, rack, planned(phases), source, {"clm": objective}, recorder, PeakMemory(CPU),
+        validate=validate, run=run, checkpoint=checkpoint,
+    )  # fmt: skip
     recorder.loop = loop
     loop.train()
     return loop, recorder
@@ -156,7 +155,7 @@ def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, valida
 
 def result(loop):
     records = [(r.name, r.first_loss, r.last_loss, r.flops, r.tokens) for r in loop.state.records]
-    return loop.weights_sha256(), records
+    return loop.context.placement.weights_sha256(), records
 
 
 def new_run(path):
@@ -303,7 +302,11 @@ def test_cached_equals_recomputed_bitwise_on_disk_and_in_memory(tmp_path, dtype,
     on_disk, _ = trained(cached, *settings, run=new_run(tmp_path / "run"))
     in_memory, _ = trained(cached, *settings)
     recomputed, _ = trained(grown("right", "frozen", "nf4", enters=True, joint=True), *settings)
-    assert on_disk.weights_sha256() == in_memory.weights_sha256() == recomputed.weights_sha256()
+    assert (
+        on_disk.context.placement.weights_sha256()
+        == in_memory.context.placement.weights_sha256()
+        == recomputed.context.placement.weights_sha256()
+    )
     losses = [[(r.first_loss, r.last_loss) for r in loop.state.records] for loop in (on_disk, in_memory, recomputed)]
     assert losses[0] == losses[1] == losses[2]
     assert not list((tmp_path / "run" / "cache").glob("boundary-*"))  # it goes when no phase needs it
@@ -315,7 +318,7 @@ def test_the_trunk_is_not_in_memory_while_a_stack_trains_from_the_cache(tmp_path
     for start, trunk in zip(recorder.starts, ((), (0,), (0, 1))):
         for name, tensor in start.items():
             assert tensor.is_meta == any(name.startswith(f"stack.{k}/") for k in trunk), name
-    assert loop.offload.away == {0, 1}
+    assert loop.context.placement.offload.away == {0, 1}
 
 
 @pytest.mark.parametrize("extra", [(), ("model.dropout=0.3",), ("training.activation_checkpointing=true",)])
@@ -399,13 +402,13 @@ def test_a_cache_made_with_other_adapter_weights_is_not_read(tmp_path):
         for phase in grown("right", "frozen", cached=True, lora=True)
     ]
     loop, _ = trained(phases[:2], run=new_run(tmp_path / "run"))
-    ids = loop._cache(phases[2])[1]
-    stacks = {stack.stack_id: stack for stack in loop.rack.stacks}
+    ids = loop.context.caching.boundaries(phases[2])
+    stacks = {stack.stack_id: stack for stack in loop.context.rack.stacks}
     for k, changed in ((1, [False, True]), (0, [True, True])):
         layer = next(layer for _, layer in linears(stacks[k]))
         with torch.no_grad():
             layer.low_rank()["stack"].B[0, 0] += 1e-3
-        others = loop._cache(phases[2])[1]
+        others = loop.context.caching.boundaries(phases[2])
         assert [a.key != b.key for a, b in zip(ids, others)] == changed
         ids = others
 
@@ -415,10 +418,10 @@ def test_a_checkpoint_restores_storage_and_adapters(tmp_path):
     loop, _ = trained(grown("right", "qlora", "nf4", lora=True), run=run)
     rack = rack_of_checkpoint(CheckpointStore(run.checkpoints).load(), config(), V)
     assert weights_sha256((f"{part}/{name}", t.detach()) for part, name, t in rack.part_tensors()) == (
-        loop.weights_sha256()
+        loop.context.placement.weights_sha256()
     )
     ids = torch.from_numpy(TOKENS[:22]).view(2, 11)
-    assert torch.equal(rack.eval()(ids), loop.rack.eval()(ids))
+    assert torch.equal(rack.eval()(ids), loop.context.rack.eval()(ids))
 
 
 def test_what_storing_the_trunk_costs_is_measured(tmp_path):
@@ -479,10 +482,9 @@ def test_batches_that_cannot_be_taken_again_are_refused():
     objective = CausalObjective()
     source = IterableSource([torch.zeros(B, T, dtype=torch.int64)], objective)
     settings = config()
-    loop = Loop(
-        create_rack_from_config(settings, n_stacks=0, vocab_size=V), phases, source, {"clm": objective}, settings,
-        step_flops=[1.0] * 3, device=torch.device("cpu"), compute_dtype=None, peak_flops=None, validate=None, run=None,
-        reporter=SilentReporter(), memory=PeakMemory(torch.device("cpu")),
+    rack = create_rack_from_config(settings, n_stacks=0, vocab_size=V)
+    loop = create_loop(
+        settings, rack, planned(phases), source, {"clm": objective}, SilentReporter(), PeakMemory(CPU)
     )  # fmt: skip
     with pytest.raises(UserError, match="batches that can be taken again"):
         loop.train()
@@ -560,4 +562,4 @@ def test_block_coordinate_sweeps_over_one_stack_are_plain_training(cycles):
     assert len(phases) == 1 + cycles and sum(p.steps for p in phases) == plain[0].steps == 9
     a, _ = trained([replace(plain[0], growth=(Growth(0, "random"),))], *one)
     b, _ = trained(phases, *one)
-    assert a.weights_sha256() == b.weights_sha256()
+    assert a.context.placement.weights_sha256() == b.context.placement.weights_sha256()

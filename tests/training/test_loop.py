@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from stackwise.model.architecture import create_rack_from_config, create_stack_f
 from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.losses import IGNORE
-from stackwise.training.loop import Loop
+from stackwise.planning.plan import Planned
+from stackwise.runs.build import create_loop
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import SilentReporter
 from stackwise.training.schedules import lr_ratio
@@ -59,7 +61,7 @@ class Recorder(SilentReporter):
         self.metrics, self.starts, self.ends = [], [], []
 
     def weights(self):
-        return {f"{part}/{name}": p.detach().clone() for part, name, p in self.loop.rack.part_parameters()}
+        return {f"{part}/{name}": p.detach().clone() for part, name, p in self.loop.context.rack.part_parameters()}
 
     def phase(self, text, total_steps, done):
         self.starts.append(self.weights())
@@ -95,21 +97,10 @@ def a_loop(settings, *, rack=None, source=None, present=()):
             rack.stacks.extend(create_stack_from_config(k, settings) for k in phases[0].stacks)
     objective = CausalObjective()
     recorder = Recorder()
-    loop = Loop(
-        rack,
-        phases,
-        source or TokenSource(ProgressiveDataLoader(TOKENS, settings), objective),
-        {"clm": objective},
-        settings,
-        step_flops=[1.0] * len(phases),
-        device=torch.device("cpu"),
-        compute_dtype=None,
-        peak_flops=None,
-        validate=None,
-        run=None,
-        reporter=recorder,
-        memory=PeakMemory(torch.device("cpu")),
-    )
+    cpu = torch.device("cpu")
+    planned = Planned(phases, [SimpleNamespace(flops=1.0)] * len(phases), cpu, None, V)
+    source = source or TokenSource(ProgressiveDataLoader(TOKENS, settings), objective)
+    loop = create_loop(settings, rack, planned, source, {"clm": objective}, recorder, PeakMemory(cpu))
     recorder.loop = loop
     return loop, recorder
 
@@ -183,7 +174,7 @@ def test_the_loop_equals_a_plain_loop_written_by_hand():
         assert recorder["lr"][step] == pytest.approx(lr, rel=1e-9)
         assert recorder["grad_norm"][step] == pytest.approx(norm.item(), rel=1e-4)
     assert min(norms) < 1.1 < max(norms), norms
-    for mine, theirs in zip(rack.parameters(), loop.rack.parameters()):
+    for mine, theirs in zip(rack.parameters(), loop.context.rack.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     assert recorder["loss"][-1] < recorder["loss"][0]
 
@@ -212,7 +203,7 @@ def test_accumulation_equals_the_whole_batch_however_the_counting_tokens_are_spr
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert max(float(g.abs().max()) for g in gradients[0]) > 1e-2
     assert parts_record["loss"] == pytest.approx(whole_record["loss"], abs=1e-6)
-    for a, b in zip(whole.rack.parameters(), parts.rack.parameters()):
+    for a, b in zip(whole.context.rack.parameters(), parts.context.rack.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -258,13 +249,13 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_before_the_update(broken)
                 kept.append(recorder.weights())
                 if broken == "loss":
                     with torch.no_grad():
-                        loop.rack.head.weight[5, 3] = float("inf")
-                    kept[0]["head/weight"] = loop.rack.head.weight.detach().clone()
+                        loop.context.rack.head.weight[5, 3] = float("inf")
+                    kept[0]["head/weight"] = loop.context.rack.head.weight.detach().clone()
                 else:
-                    loop.rack.norm.weight.register_hook(lambda grad: grad * float("inf"))
+                    loop.context.rack.norm.weight.register_hook(lambda grad: grad * float("inf"))
             return good.example(step)
 
-    loop.source = Breaks()
+    loop.context.source = Breaks()
     with pytest.raises(RunError, match=f"step 2: the {broken}.* nothing was updated"):
         loop.train()
     assert equal(recorder.weights(), kept[0])
@@ -281,8 +272,8 @@ def test_activation_checkpointing_changes_no_bit_even_with_dropout():
     settings = (END_TO_END, "model.dropout=0.3", "training.max_steps=3")
     plain, _ = trained(*settings)
     checkpointed, _ = trained(*settings, "training.activation_checkpointing=true")
-    assert all(stack.activation_checkpointing for stack in checkpointed.rack.stacks)
-    for a, b in zip(plain.rack.parameters(), checkpointed.rack.parameters()):
+    assert all(stack.activation_checkpointing for stack in checkpointed.context.rack.stacks)
+    for a, b in zip(plain.context.rack.parameters(), checkpointed.context.rack.parameters()):
         assert torch.equal(a, b)
 
 
@@ -361,7 +352,7 @@ def compiled(monkeypatch, mode, backend):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
     rack = create_rack_from_config(config(), n_stacks=1)
     loop, recorder = trained(*overrides, "training.compile=true", rack=rack, present=(0,))
-    assert used == list(loop.rack.stacks)
+    assert used == list(loop.context.rack.stacks)
     assert_exactly_the_phases_parts_moved(loop, recorder)
     _, eager = trained(*overrides, rack=create_rack_from_config(config(), n_stacks=1), present=(0,))
     assert recorder["loss"] == pytest.approx(eager["loss"], abs=1e-5)
@@ -419,7 +410,7 @@ def states_around_growth(at_updates, *overrides):
     loop, _ = a_loop(settings)
 
     def named(optimizer):
-        names = {p: f"{part}/{name}" for part, name, p in loop.rack.part_parameters()}
+        names = {p: f"{part}/{name}" for part, name, p in loop.context.rack.part_parameters()}
         return {names[p]: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
 
     at_updates.before.append(lambda optimizer: before.append(named(optimizer)))
@@ -518,9 +509,9 @@ def test_a_racks_own_dropout_is_seeded_whatever_the_config_says():
 
 def test_a_frozen_trunk_does_not_drop_anything():
     loop, _ = trained("model.dropout=0.3", "training.progressive.trunk_strategy=frozen")
-    assert not any(m.training for m in loop.rack.stacks[0].modules())
-    assert not loop.rack.embedding.training
-    assert all(m.training for m in loop.rack.stacks[2].modules())
+    assert not any(m.training for m in loop.context.rack.stacks[0].modules())
+    assert not loop.context.rack.embedding.training
+    assert all(m.training for m in loop.context.rack.stacks[2].modules())
 
 
 # ---- accounts
@@ -538,7 +529,7 @@ def test_records_add_up():
         losses = recorder["loss"][done : done + phase.steps]
         assert (record.first_loss, record.last_loss) == (losses[0], losses[-1])
         done += phase.steps
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in loop.rack.parts().items()}
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in loop.context.rack.parts().items()}
     assert [r.trainable_parameters for r in state.records] == [
         sum(count[part] for part in phase.trains) for phase in loop.phases
     ]

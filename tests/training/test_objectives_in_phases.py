@@ -13,9 +13,10 @@ from stackwise.growth.curricula import build_phases
 from stackwise.objectives import create_objective
 from stackwise.planning.plan import plan_run
 from stackwise.runs.run import load, resume_run, train_run
-from stackwise.training.loop import Loop
 from stackwise.training.progress import SilentReporter
+from stackwise.training.saving import Saver
 from stackwise.training.sources import ProgressiveDataLoader
+from stackwise.training.step import take_step
 
 STEPS = 9
 ORDERS = {
@@ -61,14 +62,13 @@ def config(folder, objectives, *overrides):
 def test_each_step_has_the_loss_of_its_phases_objective(folder, tmp_path, name):
     settings = config(folder, ORDERS[name])
     losses = []
-    step = Loop._step
 
-    def watched(loop, *args):
-        taken = step(loop, *args)
-        losses.append(taken[0])
+    def watched(stage, state):
+        taken = take_step(stage, state)
+        losses.append(taken.loss)
         return taken
 
-    with mock.patch.object(Loop, "_step", watched):
+    with mock.patch("stackwise.training.loop.take_step", watched):
         summary = train_run(settings, tmp_path / "run", SilentReporter())
     data = prepare(settings.data, need_mask=True)
     loader = ProgressiveDataLoader(data.train, settings)
@@ -109,14 +109,14 @@ def test_it_resumes_exactly_in_every_phase(folder, tmp_path, name, at):
     class Killed(Exception):
         pass
 
-    save = Loop._save
+    save = Saver.save
 
-    def dying(loop, *args):
-        save(loop, *args)
-        if loop.state.step == at:
+    def dying(saver, stage, state):
+        save(saver, stage, state)
+        if state.step == at:
             raise Killed
 
-    with mock.patch.object(Loop, "_save", dying), pytest.raises(Killed):
+    with mock.patch.object(Saver, "save", dying), pytest.raises(Killed):
         train_run(settings, tmp_path / "killed", SilentReporter())
     resumed = resume_run(tmp_path / "killed", SilentReporter())
     for key in ("weights_sha256", "validation", "tokens", "flops"):

@@ -14,6 +14,7 @@ from stackwise.config.data import DataConfig
 from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
+from stackwise.model.architecture import Rack
 from stackwise.model.lexical import resolve_family
 from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.planning.devices import Machine, this_machine
@@ -38,16 +39,21 @@ class Planned:
 
 
 def plan_phases(
-    config: StackWiseConfig, vocab_size: int, present: tuple[int, ...] = (), machine: Machine | None = None
+    config: StackWiseConfig,
+    vocab_size: int,
+    present: tuple[int, ...] = (),
+    machine: Machine | None = None,
+    rack: Rack | None = None,
 ) -> Planned:
     """Plans without data or weights.
 
     Args:
-        present: ids of the Stacks that ``model.initial`` brings, left to right.
+        present: ids of the Stacks that are there before the first phase, left to right.
         machine: what it will run on; default the device here that ``config`` means.
+        rack: the Rack that the run starts from, where that was not made from ``config``; it is only looked at.
     """
     machine = machine or this_machine(config.training)
-    cost = PhaseCoster(config, vocab_size, machine.compute_dtype, device=machine.device.type)
+    cost = PhaseCoster(config, vocab_size, machine.compute_dtype, rack, device=machine.device.type)
     phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation)
     return Planned(phases, [cost(phase) for phase in phases], machine.device, machine.compute_dtype, vocab_size)
 

@@ -23,8 +23,9 @@ from stackwise.model.lexical import resolve_family
 from stackwise.objectives import Objective, create_objective, create_objectives
 from stackwise.objectives.scoring import Validation, check_scorable, validate
 from stackwise.ops.precision import resolve_device
-from stackwise.planning.devices import available_memory, peak_flops
+from stackwise.planning.devices import available_memory
 from stackwise.planning.plan import Planned, plan_phases
+from stackwise.runs.build import create_loop
 from stackwise.runs.initial import initial_checkpoint, initial_rack
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
@@ -33,7 +34,6 @@ from stackwise.store.origin import check_origin, signature
 from stackwise.store.rundir import RunDir
 from stackwise.store.state import RunState, load_checkpoint, read_summary
 from stackwise.store.structure import rack_of_checkpoint
-from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
@@ -263,25 +263,11 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     def score(rack: Rack, objective: Objective) -> Validation:
         return validate_run(rack, config, data, planned.compute_dtype, objective)
 
-    loop = Loop(
-        rack,
-        planned.phases,
-        TokenSource(loader, objectives[training.objective]),
-        objectives,
-        config,
-        step_flops=[cost.flops for cost in planned.costs],
-        preparation_flops=planned.preparation_flops,
-        device=planned.device,
-        compute_dtype=planned.compute_dtype,
-        peak_flops=peak_flops(planned.device, planned.compute_dtype),
-        validate=score,
-        run=run,
-        reporter=reporter,
-        memory=memory,
-        fingerprint=run_fingerprint(config, data),
-        identity=identity(config, data.tokenizer, data),
-        checkpoint=checkpoint,
-    )
+    about = {"fingerprint": run_fingerprint(config, data), **identity(config, data.tokenizer, data)}
+    loop = create_loop(
+        config, rack, planned, TokenSource(loader, objectives[training.objective]), objectives, reporter, memory,
+        validate=score, run=run, identity=about, checkpoint=checkpoint,
+    )  # fmt: skip
     data.verify()
     state = loop.train()
     validation = loop.validation or score(rack, objectives[training.objective])
@@ -293,7 +279,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
         "flops": state.flops,
         "wall_seconds": state.seconds,
         "peak_memory_bytes": max(peaks, default=None),
-        "weights_sha256": loop.weights_sha256(),
+        "weights_sha256": loop.context.placement.weights_sha256(),
         "phases": [asdict(record) for record in state.records],
     }
     run.write_summary(summary)

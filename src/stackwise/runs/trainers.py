@@ -8,13 +8,12 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer
-from stackwise.growth.curricula import build_phases
 from stackwise.growth.rack_builder import ProgressiveRackBuilder
 from stackwise.model.architecture import Rack
 from stackwise.objectives import Objective, create_objective
-from stackwise.ops.precision import resolve_compute_dtype, resolve_device
-from stackwise.planning.cost import PhaseCoster, preparation_flops
-from stackwise.training.loop import Loop
+from stackwise.ops.precision import resolve_device
+from stackwise.planning.plan import plan_phases
+from stackwise.runs.build import create_loop
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter, SilentReporter
 from stackwise.training.sources import IterableSource, ProgressiveDataLoader, TokenSource, peek_shape
@@ -46,29 +45,13 @@ class _Trainer:
             shape = peek_shape(dataloader)
         config = config.changed({"training.batch_size": shape[0], "training.seq_len": shape[1]})
         device = resolve_device(config.training.device)
-        dtype = resolve_compute_dtype(config.training, device)
         if device.type == "cpu" and config.tight_allocator:
             return_freed_memory()
         memory = PeakMemory(device)
-        cost = PhaseCoster(config, rack.vocab_size, dtype, rack)
         present = tuple(stack.stack_id for stack in rack.stacks)
-        phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation)
-        loop = Loop(
-            rack,
-            phases,
-            source,
-            {config.training.objective: self.objective},
-            config,
-            step_flops=[cost(phase).flops for phase in phases],
-            preparation_flops=preparation_flops(phases, [cost(phase) for phase in phases]),
-            device=device,
-            compute_dtype=dtype,
-            peak_flops=None,
-            validate=None,
-            run=None,
-            reporter=self.reporter,
-            memory=memory,
-        )
+        planned = plan_phases(config, rack.vocab_size, present, rack=rack)
+        objectives = {config.training.objective: self.objective}
+        loop = create_loop(config, rack, planned, source, objectives, self.reporter, memory)
         try:
             state = loop.train()
         finally:

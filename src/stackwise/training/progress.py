@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from stackwise.growth.phases import Phase
+from stackwise.growth.precision import parameters_of
+from stackwise.model.rack import Rack
+from stackwise.store.state import PhaseRecord, RunState
 
 
 class Reporter(Protocol):
@@ -165,3 +171,59 @@ def console_reporter() -> Reporter:
     """A live bar where stderr is a terminal, plain lines elsewhere."""
     console = Console(stderr=True)
     return LiveReporter(console) if console.is_terminal else LineReporter()
+
+
+class Clock:
+    """Wall time of a phase, and the pace of its steps. ``lap`` counts from when the clock is made."""
+
+    def __init__(self, state: RunState) -> None:
+        self._lap = time.perf_counter()
+        self._state = state
+
+    def start(self) -> None:
+        """The pace counts from here."""
+        self._tokens, self._flops, self._since = self._state.tokens, self._state.flops, time.perf_counter()
+
+    def pace(self) -> tuple[float, float]:
+        """Tokens and FLOPs a second since the last call."""
+        tokens, flops, since = self._tokens, self._flops, self._since
+        self.start()
+        elapsed = self._since - since
+        return (self._tokens - tokens) / elapsed, (self._flops - flops) / elapsed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count in the pace."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._lap = self._lap, time.perf_counter()
+        return self._lap - before
+
+
+def phase_starts(index: int, count: int, phase: Phase, record: PhaseRecord, rack: Rack, several: bool) -> str:
+    """The line that a phase starts with, which names its objective where the run has ``several``."""
+    total = sum(parameters_of(module) for module in rack.parts().values())
+    how = f", from the cache at boundary {phase.enters}" if phase.cached else ""
+    for new in phase.growth if len(phase.stacks) > 1 else ():
+        source = f" of stack {new.source}" if new.source is not None else ""
+        how += f", new stack {new.stack}: {new.init}{source}"
+    if several:
+        how += f", objective {record.objective}"
+    return (
+        f"phase {index + 1}/{count}  {phase.name}: {len(phase.stacks)} stacks, "
+        f"{record.trainable_parameters:,} of {total:,} parameters train, {phase.steps:,} steps{how}"
+    )
+
+
+def phase_ends(record: PhaseRecord) -> str:
+    """The line that a phase ends with."""
+    text = f"  {record.name}: training loss {record.last_loss:.4f}"
+    if record.validation_loss is not None:
+        text += f", validation loss {record.validation_loss:.4f}"
+    if record.bits_per_byte is not None:
+        text += f" ({record.bits_per_byte:.4f} bits per byte)"
+    return f"{text}, {record.seconds:.0f} s"

@@ -1,0 +1,67 @@
+"""What a run writes while it trains: checkpoints and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stackwise.store.checkpoints import Checkpoint, CheckpointStore
+from stackwise.store.rundir import RunDir
+from stackwise.store.state import RunState
+from stackwise.store.structure import structure
+from stackwise.training.optimizers import flatten, unflatten
+from stackwise.training.stage import Context, Stage
+from stackwise.training.tracking import Tracker
+
+
+class Saver:
+    """Writes into ``run``; with ``None`` nothing is kept.
+
+    Args:
+        store: of the checkpoints of ``run``.
+        identity: what checkpoints keep of the run that they belong to.
+        tensorboard: whether metrics go there too.
+    """
+
+    def __init__(
+        self, run: RunDir | None, store: CheckpointStore | None, identity: Mapping[str, Any], *, tensorboard: bool
+    ) -> None:
+        self._run, self._store, self._identity = run, store, dict(identity)
+        self._tracker = Tracker(run.path if run and tensorboard else None)
+        self._unchanged: set[str] = set()
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._run.append_metrics(dict(metrics))
+        self._tracker.log(metrics)
+
+    def changed(self, parts: set[str]) -> None:
+        """Parts that were frozen have other tensors now: the next checkpoint writes them again."""
+        self._unchanged -= parts
+
+    def save(self, stage: Stage, state: RunState) -> None:
+        """A checkpoint of ``state``; parts that are frozen since the one before are not hashed again."""
+        if self._store is None:
+            return
+        parts, deposited = stage.context.placement.parts()
+        frozen = set(parts) - {name.partition("/")[0] for name in stage.parameters}
+        parts["optimizer"] = flatten(stage.moments())
+        about = {**self._identity, **structure(stage.context.rack), "run": state.to_dict()}
+        self._store.save(state.step, parts, about, unchanged=frozen & self._unchanged, deposited=deposited)
+        self._unchanged = frozen
+
+    def restore(self, checkpoint: Checkpoint, context: Context) -> RunState:
+        """Takes up moments, counters and what waits on disk; the Rack already has its Stacks and weights."""
+        assert self._store is not None and self._run is not None
+        context.placement.adopt(checkpoint, self._store)
+        context.moments = unflatten(checkpoint.part("optimizer"))
+        state = RunState.from_dict(checkpoint.state["run"])
+        # Checkpoints before metrics: killed in between, the run still has every line up to its newest checkpoint. The
+        # summary first: a run that goes on from one of its steps is no longer complete.
+        self._run.remove_summary()
+        self._store.delete_after(state.step)
+        self._run.truncate_metrics(state.step)
+        return state
+
+    def close(self) -> None:
+        self._tracker.close()
