@@ -3,6 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stackwise.config import StackWiseConfig
+from stackwise.errors import ConfigError
 from stackwise.model.architecture import (
     create_block_spec,
     create_rack_from_config,
@@ -199,3 +200,45 @@ def test_the_documented_calls_work_verbatim():
     rack = create_simple_rack(n_stacks=2, blocks_per_stack=4, d_model=64, d_ff=128, n_heads=8, vocab_size=1000)
     assert len(rack.blocks()) == 8
     assert sum(p.numel() for p in rack.parameters()) == 8 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 1000 * 64
+
+
+FULL, GROUPED = 4 * 48 * 48, 2 * 48 * 48 + 2 * 48 * (3 * 4)
+PRESET_BLOCKS = {
+    # name: (whether a token sees those after it, matrices' entries of one attention with 12 heads of 4)
+    "bert_style": (True, FULL),
+    "gpt_style": (False, FULL),
+    "efficient_gqa": (False, GROUPED),
+    "mla_attention": (False, None),
+    "kernel_attention": (False, FULL),
+    "mlgka": (False, None),
+    "custom": (False, FULL),
+}
+
+
+@pytest.mark.parametrize("preset", PRESET_BLOCKS)
+def test_a_block_spec_takes_an_attention_preset_as_a_config_does(preset):
+    spec = create_block_spec(48, 37, 12, attention_preset=preset)
+    rack = create_rack_from_specs(V, 48, [{"stack_id": 0, "n_blocks": 2, "block_spec": spec}])
+    sees_all, entries = PRESET_BLOCKS[preset]
+    matrices = sum(p.numel() for p in rack.stacks[0].blocks[0].attention.parameters() if p.dim() == 2)
+    assert entries in (None, matrices)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    other = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % V), dim=1)
+    assert torch.equal(rack(ids)[:, 0], rack(other)[:, 0]) != sees_all
+    model = {"d_model": 48, "d_ff": 37, "n_heads": 12, "vocab_size": V, "attention_preset": preset,
+             "architecture": {"n_stacks": 1, "blocks_per_stack": 2}}  # fmt: skip
+    training = {"progressive": {"training_objective": "mlm" if sees_all else "clm"}}
+    named = create_rack_from_config(StackWiseConfig.from_dict({"model": model, "training": training}))
+    assert torch.equal(rack(ids), named(ids))
+
+
+def test_a_block_spec_takes_attention_custom_and_refuses_what_a_config_refuses():
+    custom = {"attention_type": "mla", "attention_mode": "bidirectional", "mla_rkv": 7, "mla_latents": "separate"}
+    spec = create_block_spec(48, 37, 12, attention_preset="custom", attention_custom=custom)
+    rack = create_rack_from_specs(V, 48, [{"stack_id": 0, "n_blocks": 1, "block_spec": spec}])
+    assert any(7 in p.shape for p in rack.stacks[0].blocks[0].attention.parameters())
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(5))
+    other = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % V), dim=1)
+    assert not torch.equal(rack(ids)[:, 0], rack(other)[:, 0])
+    with pytest.raises(ConfigError, match="kernel_dim: 13 is odd"):
+        create_block_spec(48, 37, 12, attention_preset="mlgka", attention_custom={"kernel_dim": 13})

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
+from stackwise.config.model import AttentionPreset
 from stackwise.model.block import Block, Blocks
 from stackwise.model.initialisation import init_weights
 from stackwise.model.lexical import LexicalKernelManager, resolve_family
@@ -38,24 +39,42 @@ def create_block_spec(
     d_ff: int,
     n_heads: int,
     n_kv_heads: int | None = None,
-    attention_mode: AttentionMode = "causal",
+    attention_mode: AttentionMode | None = None,
     dropout: float = 0.0,
     freeze_up_proj: bool = False,
     use_rope: bool = True,
     rope_theta: float = 10000.0,
     norm_eps: float = 1e-5,
+    *,
+    attention_preset: AttentionPreset | None = None,
+    attention_custom: Mapping[str, Any] | None = None,
     **variant: Any,
 ) -> dict[str, Any]:
     """A Block in plain numbers, for ``create_stack_from_spec`` and ``create_rack_from_specs``.
 
-    ``variant`` takes the other fields of ``BlockSpec``: norm, ffn, bias, window, latents, kernels.
+    Args:
+        attention_mode: ``causal`` or ``bidirectional``; default: the preset's, and ``causal`` where it leaves it open.
+        attention_preset, attention_custom: as in the section ``model`` of a config.
+        variant: the other fields of ``BlockSpec`` (norm, ffn, bias, window, latents, kernels), which win over the
+            preset's.
+
+    Raises:
+        ConfigError: settings that do not go together.
     """
-    return asdict(
-        BlockSpec(
-            d_model, d_ff, n_heads, n_heads if n_kv_heads is None else n_kv_heads,
-            attention_mode, dropout, freeze_up_proj, use_rope, rope_theta, norm_eps, **variant,
-        )
-    )  # fmt: skip
+    numbers: dict[str, Any] = {
+        "d_model": d_model, "d_ff": d_ff, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "dropout": dropout,
+        "freeze_up_proj": freeze_up_proj, "use_rope": use_rope, "rope_theta": rope_theta, "norm_eps": norm_eps,
+    }  # fmt: skip
+    if attention_preset is None and attention_custom is None:
+        numbers["n_kv_heads"] = n_heads if n_kv_heads is None else n_kv_heads
+    else:
+        attention = {"attention_preset": attention_preset, "attention_custom": dict(attention_custom or {})}
+        # The objective custom goes with either direction, and is causal where the preset leaves it open.
+        training = {"progressive": {"training_objective": "custom"}}
+        numbers = StackWiseConfig.from_dict({"model": {**numbers, **attention}, "training": training}).block_fields()
+    if attention_mode is not None:
+        numbers["attention_mode"] = attention_mode
+    return asdict(BlockSpec(**{**numbers, **variant}))
 
 
 def _create_stack(stack_id: int, specs: Sequence[BlockSpec], rack_blocks: int, seed: int) -> Stack:
