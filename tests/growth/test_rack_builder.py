@@ -195,6 +195,20 @@ def test_what_never_trains_is_never_trainable():
     assert frozen == {"embedding/weight"} | ups
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu"])
+def test_what_never_trains_stays_in_a_training_loop_of_ones_own(kind):
+    rack = create_rack_from_config(
+        config("model.freeze_up_proj=true", "model.tokenizer_embedding.freeze_embeddings=true", f"model.ffn={kind}")
+    ).train()
+    before = {name: p.detach().clone() for name, p in rack.named_parameters()}
+    optimizer = torch.optim.SGD(rack.parameters(), lr=0.1)
+    rack(torch.tensor([[3, 1, 4, 1, 5]])).square().mean().backward()
+    optimizer.step()
+    same = {name for name, p in rack.named_parameters() if torch.equal(p, before[name])}
+    assert same == {name for name, p in rack.named_parameters() if not p.requires_grad}
+    assert same == {name for name in before if name.endswith("up_proj.weight") or name == "embedding.weight"}
+
+
 @pytest.mark.parametrize("mode", ["append", "prepend"])
 def test_freeze_trunk_leaves_the_newest_stack_the_norm_and_the_head(mode):
     made = builder(mode=mode, n_stacks=3)

@@ -76,7 +76,8 @@ def test_every_parameter_but_the_frozen_ones_is_reached_by_the_gradient() -> Non
     model = classifier()
     texts = torch.stack(rows(13, 13))
     model(texts, torch.ones_like(texts, dtype=torch.bool)).square().sum().backward()
-    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    trained = [(name, p) for name, p in model.named_parameters() if not name.endswith("ffn.up_proj.weight")]
+    idle = [name for name, p in trained if p.grad is None or not p.grad.any()]
     assert idle == []
 
 

@@ -81,6 +81,7 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, width)
         self.dropout = dropout
         self.never_trained = ("weight",) if frozen else ()
+        self.weight.requires_grad_(not frozen)
         self.positions = None if learned_positions is None else nn.Parameter(torch.zeros(learned_positions, d_model))
         self.norm = norm
         adapted = width != d_model or adapter_hidden_dim is not None

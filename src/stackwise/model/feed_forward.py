@@ -48,7 +48,7 @@ class GatedFFN(nn.Module):
     Args:
         d_model: width of input and output.
         d_ff: width between.
-        freeze_up_proj: the up-projection keeps its initial values; ``gate`` and ``down`` train.
+        freeze_up_proj: the up-projection has no gradients and keeps its initial values; ``gate`` and ``down`` train.
         bias: of all three projections.
         activation: of the gate, ``silu`` or ``gelu``.
     """
@@ -66,7 +66,7 @@ class GatedFFN(nn.Module):
         self.gate_proj = Linear(d_model, d_ff, bias=bias)
         self.up_proj = Linear(d_model, d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_model, bias=bias)
-        self.never_trained = _up_proj_names(bias) if freeze_up_proj else ()
+        self.never_trained = _frozen(self.up_proj) if freeze_up_proj else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_model) → (…, d_model)."""
@@ -103,15 +103,17 @@ class PlainFFN(nn.Module):
         self.activation = activation
         self.up_proj = Linear(d_model, d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_model, bias=bias)
-        self.never_trained = _up_proj_names(bias) if freeze_up_proj else ()
+        self.never_trained = _frozen(self.up_proj) if freeze_up_proj else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_model) → (…, d_model)."""
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-def _up_proj_names(bias: bool) -> tuple[str, ...]:
-    return ("up_proj.weight", "up_proj.bias") if bias else ("up_proj.weight",)
+def _frozen(up_proj: nn.Module) -> tuple[str, ...]:
+    """Takes the gradients from ``up_proj``; the names of its parameters, which no phase may give them back."""
+    up_proj.requires_grad_(False)
+    return tuple(f"up_proj.{name}" for name, _ in up_proj.named_parameters())
 
 
 def create_feed_forward(
