@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stackwise.growth.rack_builder import zero_residual_outputs
+from stackwise.growth.preparation import zero_residual_outputs
 from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.block import Blocks
 from stackwise.model.classifier import SequenceClassifier

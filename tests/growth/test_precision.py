@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stackwise.growth.precision import PrecisionManager, parameters_of
-from stackwise.growth.rack_builder import set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_simple_rack
 from stackwise.model.linear import linears

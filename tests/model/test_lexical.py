@@ -24,7 +24,7 @@ from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.data.tokenizers import open_pretrained, train_bpe
 from stackwise.errors import UserError
-from stackwise.growth.rack_builder import ProgressiveRackBuilder, set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.model.architecture import (
     Rack,
     RackSpec,
@@ -37,6 +37,7 @@ from stackwise.model.layers import LexicalKernelManager
 from stackwise.model.reading import Reading
 from stackwise.ops import losses
 from stackwise.planning.plan import plan_run
+from stackwise.runs.builder import ProgressiveRackBuilder
 from stackwise.runs.run import resume_run, train_run
 from stackwise.training.progress import SilentReporter
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from stackwise.config.objectives import DiffusionConfig, MaskingConfig
-from stackwise.growth.rack_builder import set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.objectives import CausalObjective, DiffusionObjective, MaskedObjective, Score
 from stackwise.objectives.scoring import bits_per_byte, validate

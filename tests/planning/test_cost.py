@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Phase, Schedule
-from stackwise.growth.rack_builder import prepare_phase, set_trainable
+from stackwise.growth.preparation import prepare_phase, set_trainable
 from stackwise.kinds import STORAGES
 from stackwise.model.architecture import Stacks, create_rack_from_config, create_simple_rack
 from stackwise.model.reading import Reading

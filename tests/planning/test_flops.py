@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackwise.config import StackWiseConfig
 from stackwise.growth.phases import Adapter, Phase, Schedule
-from stackwise.growth.rack_builder import ProgressiveRackBuilder
 from stackwise.model.architecture import Rack, create_rack_from_config, rack_spec_from_config
 from stackwise.ops.kernels import laplacian_weight_attention
 from stackwise.planning.cost import PhaseCoster
 from stackwise.planning.dry_step import Ledger
 from stackwise.planning.flops import formula_of
 from stackwise.planning.plan import plan_phases, plan_run
+from stackwise.runs.builder import ProgressiveRackBuilder
 from stackwise.training import ArchitectureTrainer, ProgressiveDataLoader, ProgressiveTrainer
 from stackwise.training.loop import Loop
 

@@ -3,7 +3,7 @@ import torch
 
 from stackwise.config.optimization import OptimizerConfig
 from stackwise.errors import RunError
-from stackwise.growth.rack_builder import set_trainable, zero_residual_outputs
+from stackwise.growth.preparation import set_trainable, zero_residual_outputs
 from stackwise.model.architecture import create_simple_rack
 from stackwise.optim.create import create_optimizer
 from stackwise.training.assertions import TrainingCheck, fingerprint

@@ -10,7 +10,7 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
-from stackwise.growth.rack_builder import insert_stacks, make_stacks, prepare_phase
+from stackwise.growth.preparation import insert_stacks, make_stacks, prepare_phase
 from stackwise.growth.recipes import RECIPES, apply_recipe
 from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_rack_from_config

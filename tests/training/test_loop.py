@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from stackwise.config import StackWiseConfig
 from stackwise.errors import RunError
 from stackwise.growth.curricula import build_phases
-from stackwise.growth.rack_builder import zero_residual_outputs
+from stackwise.growth.preparation import zero_residual_outputs
 from stackwise.model.architecture import create_rack_from_config, create_stack_from_config
 from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example

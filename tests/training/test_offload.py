@@ -12,7 +12,7 @@ import torch
 from stackwise.growth.adapters import add_adapter
 from stackwise.growth.phases import Adapter
 from stackwise.growth.precision import PrecisionManager
-from stackwise.growth.rack_builder import set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.model.reading import Reading
 from stackwise.training.offload import Offload, all_tensors

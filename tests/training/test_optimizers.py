@@ -6,7 +6,7 @@ from torch import nn
 
 from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
-from stackwise.growth.rack_builder import set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.model.architecture import create_simple_rack
 from stackwise.optim.create import create_optimizer
 from stackwise.training.optimizers import (

@@ -20,7 +20,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.growth import PrecisionName
 from stackwise.growth.phases import Adapter, Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
-from stackwise.growth.rack_builder import set_trainable
+from stackwise.growth.preparation import set_trainable
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
 from stackwise.model.block import Block
 from stackwise.model.linear import LowRank, linears

@@ -8,12 +8,12 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer
-from stackwise.growth.rack_builder import ProgressiveRackBuilder
 from stackwise.model.architecture import Rack
 from stackwise.objectives import Objective, create_objective
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.plan import plan_phases
 from stackwise.runs.build import create_loop
+from stackwise.runs.builder import ProgressiveRackBuilder
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter, SilentReporter
 from stackwise.training.sources import IterableSource, ProgressiveDataLoader, TokenSource, peek_shape

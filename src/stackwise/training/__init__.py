@@ -1,7 +1,7 @@
 """Trains a Rack. The public names below are fetched when they are asked for, each from the room that it is in.
 
-The trainers are use cases and lie in ``runs``, which imports this package: were they imported here, the two would
-import each other.
+The builder and the trainers are use cases and lie in ``runs``, which imports this package: were they imported here, the
+two would import each other.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ _LIES_IN = {
     "ArchitectureTrainer": "stackwise.runs.trainers",
     "PrecisionManager": "stackwise.growth.precision",
     "ProgressiveDataLoader": "stackwise.training.sources",
-    "ProgressiveRackBuilder": "stackwise.growth.rack_builder",
+    "ProgressiveRackBuilder": "stackwise.runs.builder",
     "ProgressiveTrainer": "stackwise.runs.trainers",
 }
 

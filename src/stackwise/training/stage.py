@@ -13,7 +13,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import ObjectiveName
 from stackwise.growth.phases import Phase
 from stackwise.growth.precision import PrecisionManager
-from stackwise.growth.rack_builder import prepare_phase
+from stackwise.growth.preparation import prepare_phase
 from stackwise.model.architecture import Rack
 from stackwise.objectives.base import Objective
 from stackwise.objectives.scoring import Validation

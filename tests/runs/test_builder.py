@@ -4,8 +4,9 @@ import torch
 from stackwise.config import StackWiseConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Growth
-from stackwise.growth.rack_builder import ProgressiveRackBuilder, grow_rack, set_trainable
+from stackwise.growth.preparation import grow_rack, set_trainable
 from stackwise.model.architecture import create_rack_from_config
+from stackwise.runs.builder import ProgressiveRackBuilder
 
 V, C, F, H, G, N_BLOCKS = 37, 26, 19, 13, 1, 2
 
