@@ -304,3 +304,51 @@ def test_files_that_do_not_fit_are_the_users_error_and_change_nothing(tmp_path):
     with pytest.raises(UserError, match="head/weight"):
         tied.load_rack(rack)
     assert same(weights(made.rack), before) and same(weights(wider.rack), kept)
+
+
+QLORA = ("training.qlora.enabled=true", "training.qlora.rank=3", "training.progressive.trunk_strategy=qlora")
+SECOND = ("training.qlora.progressive_enabled=true", "training.qlora.progressive_rank=2")
+
+
+def ranks(rack):
+    """{(Stack, kind): rank} of the adapters in the names and shapes of parameters."""
+    return {
+        (stack.stack_id, name.split(".adapters.")[1].split(".")[0]): p.shape[0]
+        for stack in rack.stacks
+        for name, p in stack.named_parameters()
+        if name.endswith(".A")
+    }
+
+
+@pytest.mark.parametrize("mode, left_to_right", [("append", [0, 1, 2]), ("prepend", [2, 1, 0])])
+def test_a_stack_gets_its_adapter_when_it_joins_and_the_trunk_its_second_one(mode, left_to_right):
+    made = builder(*QLORA, *SECOND, mode=mode)
+    add = made.append_stack if mode == "append" else made.prepend_stack
+    add()
+    assert ranks(made.rack) == {(0, "stack"): 3}
+    add()
+    assert ranks(made.rack) == {(0, "stack"): 3, (0, "progressive"): 2, (1, "stack"): 3}
+    add()
+    assert ranks(made.rack) == {(k, "stack"): 3 for k in range(3)} | {(k, "progressive"): 2 for k in (0, 1)}
+    assert order(made.rack) == left_to_right
+    made.freeze_all_but_qlora()
+    learned = {name for name, p in made.rack.named_parameters() if p.requires_grad}
+    assert learned == {name for name, _ in made.rack.named_parameters() if ".adapters." in name} and learned
+
+
+def test_without_qlora_no_stack_gets_an_adapter():
+    made = builder(n_stacks=2)
+    assert ranks(made.rack) == {}
+    with pytest.raises(ValueError, match="no adapters yet"):
+        made.freeze_all_but_qlora()
+
+
+def test_an_adapter_that_joins_leaves_the_logits_bit_identical():
+    assert torch.equal(builder(*QLORA, *SECOND, n_stacks=3).rack(ids()), builder(n_stacks=3).rack(ids()))
+
+
+def test_a_pattern_of_ranks_refuses_a_stack_that_it_does_not_count():
+    made = builder(*QLORA, "training.qlora.strategy=variable", "training.qlora.rank_pattern=[4, 2, 5]", n_stacks=3)
+    assert ranks(made.rack) == {(0, "stack"): 4, (1, "stack"): 2, (2, "stack"): 5}
+    with pytest.raises(UserError, match="target_stacks: 3, but the Rack has a Stack 3"):
+        made.append_stack()

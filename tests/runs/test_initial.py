@@ -10,8 +10,9 @@ import stackwise
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.data.store import prepare
+from stackwise.errors import UserError
 from stackwise.objectives import create_objective
-from stackwise.training import ProgressiveDataLoader
+from stackwise.training import ProgressiveDataLoader, ProgressiveRackBuilder, ProgressiveTrainer
 
 BASE = """
 model: {{d_model: 20, n_heads: 2, d_ff: 36, tie_embeddings: {tied}, architecture: {{n_stacks: 2, blocks_per_stack: 2}}}}
@@ -130,3 +131,57 @@ def test_settings_of_the_model_come_from_the_run(work):
     assert config.model.initial == str(work / "base") and config.training.seed == 9
     assert config.model.d_ff == base.model.d_ff == 36 and config.model.architecture.n_stacks == 2
     assert config.data.tokenizer.kind == "pretrained"
+
+
+# ---- from Python
+
+
+def python_config(work, mode, *overrides):
+    config = StackWiseConfig.from_yaml(work / f"{mode}.yaml").to_dict()
+    tied = StackWiseConfig.from_yaml(work / "base.yaml").model.tie_embeddings
+    config["model"] |= {"d_model": 20, "n_heads": 2, "d_ff": 36, "tie_embeddings": tied, "initial": str(work / "base")}
+    return StackWiseConfig.from_dict(config, overrides)
+
+
+@pytest.mark.parametrize("mode, left_to_right", [("append", [0, 1, 2]), ("prepend", [2, 0, 1])])
+def test_a_builder_starts_from_the_rack_that_model_initial_names(work, mode, left_to_right):
+    base = stackwise.load(work / "base").rack
+    builder = ProgressiveRackBuilder(python_config(work, mode))
+    ids = torch.arange(8).view(2, 4) % base.vocab_size
+    assert torch.equal(builder.rack.eval()(ids), base(ids))
+    assert all(p.requires_grad for p in builder.rack.parameters())
+    builder.add_stack()
+    assert [stack.stack_id for stack in builder.rack.stacks] == left_to_right
+    assert torch.equal(builder.rack.eval()(ids), base(ids))  # it joins as the identity
+    with pytest.raises(UserError, match=r"d_ff: 34, but the run that model\.initial names has 36"):
+        ProgressiveRackBuilder(python_config(work, mode, "model.d_ff=34"))
+    with pytest.raises(UserError, match="no such run"):
+        ProgressiveRackBuilder(python_config(work, mode, f"model.initial={work}/none"))
+
+
+def test_an_initial_rack_gets_its_adapters_too(work):
+    qlora = ("training.progressive.trunk_strategy=qlora", "training.qlora.enabled=true")
+    builder = ProgressiveRackBuilder(python_config(work, "append", *qlora, "training.qlora.progressive_enabled=true"))
+    builder.append_stack()
+    kinds = {
+        (stack.stack_id, name.split(".adapters.")[1].split(".")[0])
+        for stack in builder.rack.stacks
+        for name, _ in stack.named_parameters()
+        if ".adapters." in name
+    }
+    assert kinds == {(0, "stack"), (1, "stack"), (2, "stack"), (0, "progressive"), (1, "progressive")}
+
+
+@pytest.mark.parametrize("trunk", ["frozen", "qlora"])
+def test_a_trainer_grows_the_rack_that_model_initial_names_as_a_run_does(work, tmp_path, trunk):
+    settings = ["training.progressive.trunk_strategy=" + trunk]
+    settings += ["training.qlora.enabled=true", "training.qlora.progressive_enabled=true"] * (trunk == "qlora")
+    run = tmp_path / "run"
+    args = ["train", str(work / "append.yaml"), "--from", str(work / "base"), "--out", str(run), *settings]
+    assert main(args) == 0
+    config = StackWiseConfig.from_yaml(run / "config.yaml")
+    builder = ProgressiveRackBuilder(config)
+    ProgressiveTrainer(config).train_rack(builder, ProgressiveDataLoader(prepare(config.data).train, config))
+    theirs = dict(stackwise.load(run).rack.named_parameters())
+    ours = dict(builder.rack.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

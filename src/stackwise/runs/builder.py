@@ -12,7 +12,7 @@ import torch
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.errors import UserError
-from stackwise.growth.adapters import adapters_of, add_adapter, described, restore
+from stackwise.growth.adapters import adapters_of, add_adapter, described, plain_rack, restore
 from stackwise.growth.phases import Adapter, AdapterKind, Growth
 from stackwise.growth.precision import PrecisionManager
 from stackwise.growth.preparation import grow_rack, set_trainable
@@ -20,15 +20,22 @@ from stackwise.model.architecture import Rack, Stack, Stacks, create_rack_from_c
 from stackwise.model.lexical import resolve_family
 from stackwise.model.weights import load_weights, save_weights
 from stackwise.reading import parse_json
+from stackwise.runs.initial import initial_checkpoint, initial_rack
 
 
 class ProgressiveRackBuilder:
-    """Builds a Rack Stack by Stack.
+    """Builds a Rack Stack by Stack, from no Stack or from the Rack of the run that ``model.initial`` names.
+
+    With ``training.qlora.enabled`` a Stack gets its adapter when it joins; with ``progressive_enabled`` each Stack of
+    the trunk that it joins gets its second one.
 
     Args:
-        config: shapes, seed and ``training.progressive.new_stack_init``.
+        config: ``model``, ``training.seed``, ``training.qlora`` and ``training.progressive.new_stack_init``.
         building_mode: ``append`` or ``prepend``; default: ``training.progressive.building_mode``.
-        vocab_size: default: ``model.vocab_size``.
+        vocab_size: default: ``model.vocab_size``, then the initial Rack's.
+
+    Raises:
+        UserError: ``model.initial`` names no run, or one with another model.
     """
 
     def __init__(
@@ -43,7 +50,17 @@ class ProgressiveRackBuilder:
             raise ValueError(f"building_mode is {mode!r}; allowed for a builder: append, prepend")
         self.config = resolve_family(config.changed({"training.progressive.building_mode": mode}))
         self.building_mode = mode
-        self.rack = create_rack_from_config(self.config, n_stacks=0, vocab_size=vocab_size)
+        self.rack = self._initial_rack(vocab_size)
+
+    def _initial_rack(self, vocab_size: int | None) -> Rack:
+        checkpoint = initial_checkpoint(self.config)
+        if checkpoint is None:
+            return create_rack_from_config(self.config, n_stacks=0, vocab_size=vocab_size)
+        rack = plain_rack(initial_rack(checkpoint, self.config, vocab_size or self.config.model.vocab_size))
+        set_trainable(rack, rack.parts())
+        for stack in rack.stacks if self.config.training.qlora.enabled else ():
+            self._give_adapter(stack, "stack")
+        return rack
 
     def _add(self, at_left: bool, init: str | None) -> Stack:
         order = [stack.stack_id for stack in self.rack.stacks]
@@ -56,7 +73,25 @@ class ProgressiveRackBuilder:
             init = "random"
         growth = Growth(new, init, neighbour if init == "copy" else None)  # type: ignore[arg-type]
         grow_rack(self.rack, [growth], [new, *order] if at_left else [*order, new], self.config)
-        return next(stack for stack in self.rack.stacks if stack.stack_id == new)
+        added, qlora = self._stack(new), self.config.training.qlora
+        if qlora.enabled:
+            self._give_adapter(added, "stack")
+        for k in order if qlora.progressive_enabled else ():
+            self._give_adapter(self._stack(k), "progressive")
+        return added
+
+    def _give_adapter(self, stack: Stack, kind: AdapterKind) -> None:
+        """Gives ``stack`` an adapter of this kind, unless it has one."""
+        qlora, total = self.config.training.qlora, self.config.target_stacks
+        if qlora.varies and stack.stack_id >= total:
+            raise UserError(
+                f"training.progressive.target_stacks: {total}, but the Rack has a Stack {stack.stack_id}; "
+                "training.qlora.rank_pattern and alpha_pattern count all Stacks, so set it higher"
+            )
+        rank, alpha = qlora.stack_adapter(stack.stack_id, total)
+        if kind == "progressive":
+            rank, alpha = qlora.progressive_rank, qlora.progressive_alpha
+        add_adapter(stack, Adapter(stack.stack_id, kind, rank, alpha, qlora.dropout), self.config.training.seed)
 
     def append_stack(self, init: str | None = None) -> Stack:
         """Adds a Stack at the right of the trunk and returns it. ``init``: random, identity or copy."""
@@ -86,18 +121,16 @@ class ProgressiveRackBuilder:
 
     def add_adapters(self, kind: AdapterKind = "stack") -> None:
         """Gives every Stack that has none an adapter of this kind, with the rank that ``training.qlora`` says."""
-        settings, total = self.config.training.qlora, self.config.target_stacks
         for stack in self.rack.stacks:
-            rank, alpha = settings.stack_adapter(stack.stack_id, total)
-            if kind == "progressive":
-                rank, alpha = settings.progressive_rank, settings.progressive_alpha
-            add_adapter(stack, Adapter(stack.stack_id, kind, rank, alpha, settings.dropout), self.config.training.seed)
+            self._give_adapter(stack, kind)
 
     def freeze_all_but_qlora(self) -> None:
         """Freezes everything but the adapters. ValueError when there are none."""
         adapters = adapters_of(self.rack)
         if not adapters:
-            raise ValueError("the Rack has no adapters yet; add_adapters first")
+            raise ValueError(
+                "the Rack has no adapters yet; set training.qlora.enabled before Stacks are added, or add_adapters"
+            )
         set_trainable(self.rack, (), [replace(adapter, trains=True) for adapter in adapters])
 
     def get_rack_info(self) -> dict[str, Any]:

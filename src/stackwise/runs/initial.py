@@ -83,11 +83,16 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def initial_rack(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int) -> Rack:
-    """The Rack that a run starts from, grown to ``vocab_size`` where the vocabulary has one token more, the mask."""
-    rows = len(checkpoint.part("embedding")["weight"]) if "embedding" in checkpoint.parts else vocab_size
-    if rows + 1 != vocab_size:
-        return rack_of_checkpoint(checkpoint, config, vocab_size)
+def initial_rack(checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int | None) -> Rack:
+    """The Rack that a run starts from, grown to ``vocab_size`` where the vocabulary has one token more, the mask.
+
+    Args:
+        vocab_size: ``None``: the checkpoint's own.
+    """
+    # Of a checkpoint without an embedding, rack_of_checkpoint says so.
+    rows = len(checkpoint.part("embedding")["weight"]) if "embedding" in checkpoint.parts else vocab_size or 1
+    if vocab_size is None or rows + 1 != vocab_size:
+        return rack_of_checkpoint(checkpoint, config, vocab_size or rows)
     rack = rack_of_checkpoint(checkpoint, config, rows)
     rack.extend_vocabulary(1)
     return rack
