@@ -1,17 +1,28 @@
-"""StackWise trains transformers from scratch, Stack by Stack, inside a memory budget."""
+"""StackWise trains transformers from scratch, Stack by Stack, inside a memory budget.
+
+``train``, ``plan``, ``load``, ``generate`` and ``evaluate`` do what the commands of the same names do. They are fetched
+when they are first asked for: importing the package imports no torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+
+_LIES_IN = {
+    "evaluate": "stackwise.evaluation.evaluate",
+    "generate": "stackwise.runs.functions",
+    "load": "stackwise.runs.run",
+    "plan": "stackwise.runs.functions",
+    "train": "stackwise.runs.functions",
+}
+
+__all__ = ["__version__", "evaluate", "generate", "load", "plan", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """``stackwise.load``, fetched when it is first asked for: importing the package imports no torch."""
-    if name == "load":
-        from stackwise.runs.run import load
-
-        return load
+    if name in _LIES_IN:
+        return getattr(import_module(_LIES_IN[name]), name)
     raise AttributeError(f"module 'stackwise' has no attribute {name!r}")

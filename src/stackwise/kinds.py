@@ -61,6 +61,7 @@ CORPORA: dict[str, CorpusKind] = {
     "python-stdlib": CorpusKind("data.library:library_corpus"),
     "files": CorpusKind("data.files:files_of", path_takes="paths"),
     "huggingface": CorpusKind("data.huggingface:dataset_of", path_takes="name"),
+    "loader": CorpusKind("data.loader:no_text"),
 }
 
 CURRICULA: dict[str, Kind] = {

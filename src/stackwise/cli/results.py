@@ -64,11 +64,13 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
         "first loss", "last loss", "validation", "bits/byte",
     )  # fmt: skip
     table("", header, rows)
-    validation, nelbo = summary["validation"], summary.get("nelbo")
-    per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
     console = Console(stderr=True)
+    if (validation := summary["validation"]) is None:
+        console.print(f"no validation data was given; the run is in {run}", highlight=False, soft_wrap=True)
+        return
+    per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
     console.print(
-        f"validation loss {bound(validation['loss'], nelbo)} nats per token, "
+        f"validation loss {bound(validation['loss'], summary.get('nelbo'))} nats per token, "
         f"perplexity {validation['perplexity']:.2f}{per_byte}\n"
         f"in {run}: try  stackwise generate {run}  or  stackwise eval {run}",
         highlight=False,

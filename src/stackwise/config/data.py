@@ -35,7 +35,7 @@ class DataConfig(Section):
     source: SourceName = Field(
         "python-stdlib",
         description="python-stdlib: the library sources on this machine; files: local files (path); huggingface: a "
-        "data set (path)",
+        "data set (path); loader: batches that a trainer is given in Python",
     )
     path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
         None,

@@ -18,7 +18,16 @@ from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.runs.run import TEXT, LoadedRun, load, run_data
 from stackwise.store.origin import check_origin
 from stackwise.store.rundir import RunDir
-from stackwise.training.progress import Reporter
+from stackwise.training.progress import Reporter, SilentReporter
+
+
+def evaluate(
+    run: str | Path, data: str | Path | Sequence[str | Path] | None = None, *, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """``evaluate_run`` of the newest checkpoint: on the validation text of ``run``, or on the files ``data``."""
+    files = [data] if isinstance(data, str | Path) else data
+    paths = None if files is None else [Path(file) for file in files]
+    return evaluate_run(run, paths, None, reporter or SilentReporter())
 
 
 def evaluate_run(

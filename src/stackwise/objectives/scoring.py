@@ -31,7 +31,8 @@ _AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a predicted token, e to that power, and bits per byte (``None`` if not all text is predicted).
+    """Mean nats a predicted token, e to that power, and bits per byte (``None`` if not all text is predicted, or
+    its bytes are not known).
 
     Attributes:
         tokens: that the mean is over.
@@ -94,7 +95,7 @@ def validate(
     *,
     seq_len: int,
     batch_size: int,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
     max_tokens: int | None = None,
     draws: int = 1,
     compute_dtype: torch.dtype | None = None,
@@ -104,7 +105,7 @@ def validate(
 
     Args:
         tokens: 1-D ids.
-        bytes_per_token: bytes of text per token of this set, end tokens among them.
+        bytes_per_token: bytes of text per token of this set, end tokens among them; ``None``: not known.
         max_tokens: score about so many, in windows spread evenly; default all.
         draws: masks drawn for each window, where the objective is a bound.
         progress: called with windows done and in all.
@@ -126,7 +127,9 @@ def validate(
                 progress(draw * len(starts) + first + len(index), len(starts) * draws)
     for module, training in modes.items():
         module.training = training
-    bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
+    bytes_per_predicted = None
+    if bytes_per_token is not None:
+        bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
     return _validation(scores, np.concatenate(sequences), objective, bytes_per_predicted, draws)
 
 
@@ -134,7 +137,7 @@ def _validation(
     scores: list[Score],
     sequences: NDArray[np.int64],
     objective: Objective,
-    bytes_per_predicted: float,
+    bytes_per_predicted: float | None,
     draws: int,
 ) -> Validation:
     nats, count = (np.concatenate([getattr(score, name) for score in scores]) for name in ("nats", "tokens"))
@@ -153,7 +156,7 @@ def _validation(
     return Validation(
         loss,
         math.exp(min(loss, 700.0)),
-        bits_per_byte(loss, bytes_per_predicted) if whole else None,
+        bits_per_byte(loss, bytes_per_predicted) if whole and bytes_per_predicted is not None else None,
         int(count.sum()),
         accuracy,
         nelbo,

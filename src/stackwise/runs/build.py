@@ -1,8 +1,9 @@
-"""The loop of a run, from what its phases are planned to be and what it trains with: the one place that builds it."""
+"""The loop of a run: the one place that builds it, and the summary that it ends in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
@@ -15,6 +16,7 @@ from stackwise.planning.plan import Planned
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.rundir import RunDir
 from stackwise.training.caching import Caching
+from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.examples import ExampleSource
 from stackwise.training.loop import Loop
 from stackwise.training.memory import PeakMemory
@@ -37,6 +39,7 @@ def create_loop(
     run: RunDir | None = None,
     identity: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> Loop:
     """The loop that trains ``rack`` through the phases that are ``planned``.
 
@@ -49,6 +52,7 @@ def create_loop(
         run: where metrics and checkpoints go; ``None`` keeps nothing.
         identity: what checkpoints keep of the run they belong to; its ``fingerprint`` is in the keys of the cache too.
         checkpoint: to go on from.
+        callbacks: what the caller wants to be told.
     """
     training, about = config.training, {"fingerprint": "", **(identity or {})}
     store = None if run is None else CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
@@ -62,4 +66,25 @@ def create_loop(
     saver = Saver(run, store, about, tensorboard=training.logging.tensorboard)
     # Without a run nobody reads an MFU, and on a CPU the peak is measured, for half a second.
     peak = None if run is None else peak_flops(planned.device, planned.compute_dtype)
-    return Loop(context, planned, saver, memory, peak, checkpoint)
+    return Loop(context, planned, saver, memory, peak, checkpoint, callbacks)
+
+
+def train_to_summary(loop: Loop, run: RunDir | None) -> dict[str, Any]:
+    """Trains what is left, and returns what ``summary.json`` holds, which ``run`` then has."""
+    state, context = loop.train(), loop.context
+    validation = loop.validation or context.score(loop.phases[-1])
+    scores = {} if validation is None else validation.to_dict()
+    peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
+    summary = {
+        "validation": {k: v for k, v in scores.items() if k not in ("tokens", "nelbo")} or None,
+        **({"nelbo": scores["nelbo"]} if "nelbo" in scores else {}),
+        "tokens": state.tokens,
+        "flops": state.flops,
+        "wall_seconds": state.seconds,
+        "peak_memory_bytes": max(peaks, default=None),
+        "weights_sha256": context.placement.weights_sha256(),
+        "phases": [asdict(record) for record in state.records],
+    }
+    if run is not None:
+        run.write_summary(summary)
+    return summary

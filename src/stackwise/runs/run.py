@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.run import TrainingConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError
@@ -20,13 +19,14 @@ from stackwise.files import new_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
-from stackwise.objectives import Objective, create_objective, create_objectives
-from stackwise.objectives.scoring import Validation, check_scorable, validate
+from stackwise.objectives import Objective, create_objectives
+from stackwise.objectives.scoring import Validation, check_scorable
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import available_memory
 from stackwise.planning.plan import Planned, plan_phases
-from stackwise.runs.build import create_loop
+from stackwise.runs.build import create_loop, train_to_summary
 from stackwise.runs.initial import initial_checkpoint, initial_rack
+from stackwise.runs.validation import validate_run, windows_of
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
@@ -34,6 +34,7 @@ from stackwise.store.origin import check_origin, signature
 from stackwise.store.rundir import RunDir
 from stackwise.store.state import RunState, load_checkpoint, read_summary
 from stackwise.store.structure import rack_of_checkpoint
+from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
@@ -50,12 +51,22 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained Rack in evaluation mode, its tokenizer, its config and the checkpoint that it is of."""
+    """A trained Rack in evaluation mode, its config, and the checkpoint that it is of.
+
+    ``known_tokenizer`` is None where a trainer was given none.
+    """
 
     rack: Rack
-    tokenizer: Tokenizer
+    known_tokenizer: Tokenizer | None
     config: StackWiseConfig
     checkpoint: Checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """UserError where the run has none."""
+        if self.known_tokenizer is None:
+            raise UserError("the run has no tokenizer: give one to the trainer (tokenizer=…) for what reads text")
+        return self.known_tokenizer
 
     @property
     def step(self) -> int:
@@ -78,8 +89,10 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     if step is None:
         _check_against_summary(run, checkpoint.step)
     check_config(checkpoint, config, run.config)
-    tokenizer = load_tokenizer(run.tokenizer)
-    check_tokenizer(checkpoint, tokenizer, run.tokenizer)
+    tokenizer = None
+    if config.data.source != "loader" or run.tokenizer.exists():
+        tokenizer = load_tokenizer(run.tokenizer)
+        check_tokenizer(checkpoint, tokenizer, run.tokenizer)
     rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint)
 
@@ -94,8 +107,11 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
         )
 
 
-def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
+def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
     wanted = config.model.vocab_size
+    if tokenizer is None:
+        assert wanted is not None, "a trainer writes it"
+        return wanted
     if wanted is not None and wanted < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
@@ -104,7 +120,9 @@ def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer) -> int:
     return wanted or tokenizer.vocab_size
 
 
-def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> dict[str, Any]:
+def train_run(
+    config: StackWiseConfig, out: str | Path, reporter: Reporter, callbacks: Callbacks = NO_CALLBACKS
+) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
     labelled = [name for name in config.training.objectives if name in ("custom", "classification")]
@@ -116,7 +134,7 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
     config = resolve_family(config)
     with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml(), signature(config)) as run:
         try:
-            return _go(run, config, reporter, None)
+            return _go(run, config, reporter, None, callbacks)
         except UserError:
             if not run.checkpoints.exists():
                 run.discard()  # nothing was trained: the same command, corrected, may use the same folder
@@ -124,7 +142,12 @@ def train_run(config: StackWiseConfig, out: str | Path, reporter: Reporter) -> d
 
 
 def resume_run(
-    path: str | Path, reporter: Reporter, step: int | None = None, *, trust_paths: bool = False
+    path: str | Path,
+    reporter: Reporter,
+    step: int | None = None,
+    *,
+    trust_paths: bool = False,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> dict[str, Any]:
     """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none.
 
@@ -143,7 +166,7 @@ def resume_run(
             write_text_atomic(run.origin, own)
         if not trust_paths:
             check_origin(run, config, OUTSIDE, "")
-        return _go(run, config, reporter, step)
+        return _go(run, config, reporter, step, callbacks)
 
 
 def _prospect(path: str | Path) -> str:
@@ -200,26 +223,21 @@ def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None
     return data
 
 
-def _go(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
+def _go(
+    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None, callbacks: Callbacks
+) -> dict[str, Any]:
     try:
         stop_if_asked()
-        return _train(run, config, reporter, step)
+        return _train(run, config, reporter, step, callbacks)
     finally:
         reporter.close()
 
 
-def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None) -> dict[str, Any]:
+def _train(
+    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None, callbacks: Callbacks
+) -> dict[str, Any]:
     training = config.training
-    store = CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
-    checkpoint = load_checkpoint(store, step) if step is not None or store.has_any() else None
-    if checkpoint is not None and checkpoint.state["fingerprint"] == IMPORTED:
-        raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
-    if checkpoint is None:
-        _refuse_if_lost(run, training.checkpoint.every_steps)
-        run.remove_summary()
-        run.truncate_metrics(0)
-    else:
-        check_config(checkpoint, config, run.config)
+    checkpoint = checkpoint_to_go_on_from(run, config, step)
     data = run_data(run, config, checkpoint, reporter)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
@@ -241,7 +259,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
     _refuse_if_too_large(planned)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
-        check_scorable(objectives[name].during(noise), data.validation, **_windows_of(training))
+        check_scorable(objectives[name].during(noise), data.validation, **windows_of(training))
     stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
@@ -254,10 +272,7 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
             if not planned.phases[0].growth:
                 rack.stacks.extend(create_stack_from_config(k, config) for k in planned.phases[0].stacks)
     else:
-        phase = planned.phases[min(checkpoint.state["run"]["phase"], len(planned.phases) - 1)]
-        away = phase.away(training.offload) & set(checkpoint.state["stacks"])
-        store.verify(checkpoint, [f"stack.{k}" for k in sorted(away)])
-        rack = rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
+        rack = rack_to_go_on_with(run, checkpoint, config, planned)
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
     def score(rack: Rack, objective: Objective) -> Validation:
@@ -266,24 +281,38 @@ def _train(run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int |
     about = {"fingerprint": run_fingerprint(config, data), **identity(config, data.tokenizer, data)}
     loop = create_loop(
         config, rack, planned, TokenSource(loader, objectives[training.objective]), objectives, reporter, memory,
-        validate=score, run=run, identity=about, checkpoint=checkpoint,
+        validate=score, run=run, identity=about, checkpoint=checkpoint, callbacks=callbacks,
     )  # fmt: skip
     data.verify()
-    state = loop.train()
-    validation = loop.validation or score(rack, objectives[training.objective])
-    peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
-    summary = {
-        "validation": {k: v for k, v in validation.to_dict().items() if k not in ("tokens", "nelbo")},
-        **({} if validation.nelbo is None else {"nelbo": validation.nelbo}),
-        "tokens": state.tokens,
-        "flops": state.flops,
-        "wall_seconds": state.seconds,
-        "peak_memory_bytes": max(peaks, default=None),
-        "weights_sha256": loop.context.placement.weights_sha256(),
-        "phases": [asdict(record) for record in state.records],
-    }
-    run.write_summary(summary)
-    return summary
+    return train_to_summary(loop, run)
+
+
+def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: int | None = None) -> Checkpoint | None:
+    """The checkpoint of ``step``, or the newest; ``None`` where a run without one begins.
+
+    Raises:
+        UserError: the checkpoint is of another config, or of a run that was not trained here.
+        RunError: it is damaged or lost.
+    """
+    store, settings = CheckpointStore(run.checkpoints), config.training.checkpoint
+    if step is None and not store.has_any():
+        _refuse_if_lost(run, settings.every_steps)
+        run.remove_summary()
+        run.truncate_metrics(0)
+        return None
+    checkpoint = load_checkpoint(store, step)
+    if checkpoint.state["fingerprint"] == IMPORTED:
+        raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
+    check_config(checkpoint, config, run.config)
+    return checkpoint
+
+
+def rack_to_go_on_with(run: RunDir, checkpoint: Checkpoint, config: StackWiseConfig, planned: Planned) -> Rack:
+    """The Rack of ``checkpoint``; the Stacks that its phase leaves in the store stay there, verified."""
+    phase = planned.phases[min(checkpoint.state["run"]["phase"], len(planned.phases) - 1)]
+    away = phase.away(config.training.offload) & set(checkpoint.state["stacks"])
+    CheckpointStore(run.checkpoints).verify(checkpoint, [f"stack.{k}" for k in sorted(away)])
+    return rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
 
 
 def _refuse_if_too_large(planned: Planned) -> None:
@@ -297,15 +326,6 @@ def _refuse_if_too_large(planned: Planned) -> None:
         )
 
 
-def _windows_of(training: TrainingConfig) -> dict[str, Any]:
-    """Which windows of the validation text are scored, and how many at a time."""
-    return {
-        "seq_len": training.seq_len,
-        "batch_size": training.micro_batch_size or training.batch_size,
-        "max_tokens": training.evaluation.max_tokens,
-    }
-
-
 def _refuse_if_lost(run: RunDir, every_steps: int) -> None:
     """RunError when a run without a checkpoint has trained beyond its first one: nothing is begun anew over it."""
     records = run.read_metrics()
@@ -315,22 +335,3 @@ def _refuse_if_lost(run: RunDir, every_steps: int) -> None:
             f"{run.path}: its checkpoints are lost: it has trained to step {last['step']}, but {run.checkpoints} holds "
             "no manifest (step-*.json); put them back, or start a new run in another folder"
         )
-
-
-def validate_run(
-    rack: Rack,
-    config: StackWiseConfig,
-    data: PreparedData,
-    compute_dtype: torch.dtype | None,
-    objective: Objective | None = None,
-) -> Validation:
-    """Scores the validation tokens as the run does, by ``objective`` or that of its last phase."""
-    return validate(
-        rack,
-        objective or create_objective(config, data.tokenizer),
-        data.validation,
-        **_windows_of(config.training),
-        bytes_per_token=data.bytes_per_token,
-        draws=config.training.evaluation.draws,
-        compute_dtype=compute_dtype,
-    )

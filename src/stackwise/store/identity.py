@@ -17,6 +17,7 @@ from stackwise.data.store import PreparedData
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.store.checkpoints import Checkpoint
+from stackwise.store.rundir import RunDir
 
 _FREE = ("device", "cpu_allocator", "logging", "checkpoint")
 """Settings of ``training`` that decide nothing of what is computed."""
@@ -27,10 +28,10 @@ def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
     return _fingerprint(config, [data.key, data.sha256])
 
 
-def identity(config: StackWiseConfig, tokenizer: Tokenizer, data: PreparedData | None) -> dict[str, Any]:
+def identity(config: StackWiseConfig, tokenizer: Tokenizer | None, data: PreparedData | None) -> dict[str, Any]:
     """What a checkpoint keeps of its run, as JSON; ``data`` is None for weights that were not trained here."""
     text = None if data is None else {"key": data.key, "sha256": data.sha256}
-    return {"config": _settings(config), "tokenizer": tokenizer.fingerprint, "data": text}
+    return {"config": _settings(config), "tokenizer": tokenizer and tokenizer.fingerprint, "data": text}
 
 
 def check_config(checkpoint: Checkpoint, config: StackWiseConfig, file: Path) -> None:
@@ -47,6 +48,17 @@ def check_config(checkpoint: Checkpoint, config: StackWiseConfig, file: Path) ->
             raise UserError(
                 f"{file}: {key} is {here[key]!r}, but the checkpoint of step {checkpoint.step} was trained with "
                 f"{saved[key]!r}: this config.yaml does not belong to it; put the run's own one back"
+            )
+
+
+def check_same_run(run: RunDir, config: StackWiseConfig) -> None:
+    """UserError that names the first setting in which ``config`` is not that of ``run``."""
+    there, here = _all_settings(StackWiseConfig.from_yaml(run.config)), _all_settings(config)
+    for key in sorted(there):
+        if there[key] != here[key]:
+            raise UserError(
+                f"{run.path}: the run there has {key} = {there[key]!r}, but you give {here[key]!r}; give the same, or "
+                "another folder"
             )
 
 
@@ -83,10 +95,14 @@ def check_data(checkpoint: Checkpoint, config: StackWiseConfig, key: str, sha256
 
 def _settings(config: StackWiseConfig) -> dict[str, Any]:
     """The settings of model and training with dotted keys, lists whole; the text is known by its content."""
+    return {key: value for key, value in _all_settings(config).items() if not key.startswith("data.")}
+
+
+def _all_settings(config: StackWiseConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for key in _FREE:
         settings["training"].pop(key)
-    del settings["data"]
+    del settings["data"]["cache_dir"]
     return dict(_flat(settings, ""))
 
 

@@ -101,7 +101,7 @@ class _Summary(BaseModel):
     model_config = _TOLERANT
 
     phases: list[PhaseRecord]
-    validation: _Validation
+    validation: _Validation | None
     nelbo: dict[str, Any] | None = None
 
 

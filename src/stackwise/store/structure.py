@@ -38,8 +38,28 @@ def rack_of_checkpoint(
     """
     with torch.device("meta"):
         rack = Rack(rack_spec_from_config(config, checkpoint.state["stacks"], vocab_size))
-        PrecisionManager().restore(rack, checkpoint.state.get("precision", {}))
-        restore(rack, checkpoint.state.get("adapters", []))
+        _store_and_adapt(rack, checkpoint)
+    _fill(rack, checkpoint, away)
+    return rack
+
+
+def fill_rack(rack: Rack, checkpoint: Checkpoint) -> None:
+    """Gives ``rack`` the storage, the adapters and the weights of ``checkpoint``; raises as ``rack_of_checkpoint``."""
+    if [stack.stack_id for stack in rack.stacks] != checkpoint.state["stacks"]:
+        raise UserError(
+            f"the checkpoint holds the Stacks {checkpoint.state['stacks']}, but the Rack has "
+            f"{[stack.stack_id for stack in rack.stacks]}"
+        )
+    _store_and_adapt(rack, checkpoint)
+    _fill(rack, checkpoint, ())
+
+
+def _store_and_adapt(rack: Rack, checkpoint: Checkpoint) -> None:
+    PrecisionManager().restore(rack, checkpoint.state.get("precision", {}))
+    restore(rack, checkpoint.state.get("adapters", []))
+
+
+def _fill(rack: Rack, checkpoint: Checkpoint, away: Collection[int]) -> None:
     unread = {f"stack.{k}" for k in away}
     for part, wanted in rack.tensors_by_part().items():
         if part in unread:
@@ -54,4 +74,3 @@ def rack_of_checkpoint(
                     f"the checkpoint holds {there}"
                 )
         fill_tensors(rack.part_module(part), {name: tensors[name] for name in wanted})
-    return rack

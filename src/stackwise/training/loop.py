@@ -11,6 +11,7 @@ checkpoint holds weights, moments and counters, and no iterator or generator sta
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from stackwise.errors import StoppedBySignal
@@ -19,6 +20,7 @@ from stackwise.planning.plan import Planned
 from stackwise.signals import StopRequest, stoppable
 from stackwise.store.checkpoints import Checkpoint
 from stackwise.store.state import PhaseRecord, RunState
+from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory
 from stackwise.training.progress import Clock, phase_ends, phase_starts
 from stackwise.training.saving import Saver
@@ -36,6 +38,7 @@ class Loop:
         memory: measures the peak of each phase.
         peak_flops: of the device, for MFU; ``None`` leaves MFU out.
         checkpoint: to go on from.
+        callbacks: what a caller wants to be told.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class Loop:
         memory: PeakMemory,
         peak_flops: float | None = None,
         checkpoint: Checkpoint | None = None,
+        callbacks: Callbacks = NO_CALLBACKS,
     ) -> None:
         self.context, self.phases, self.saver, self.memory = context, planned.phases, saver, memory
-        self.peak_flops = peak_flops
+        self.peak_flops, self.callbacks = peak_flops, callbacks
         self.step_flops = [cost.flops for cost in planned.costs]
         self.preparation_flops = planned.preparation_flops
         self.state = RunState() if checkpoint is None else saver.restore(checkpoint, context)
@@ -65,8 +69,9 @@ class Loop:
                 phase, following = self.phases[state.phase], self.phases[state.phase + 1 :]
                 if state.phase_step < phase.steps:
                     self._run_phase(stop)
-                # Also that of a phase whose last step a stopped process took.
+                # These two also for a phase whose last step a stopped process took.
                 self.context.caching.let_go(phase, following)
+                self.callbacks.on_phase(asdict(state.records[-1]))
                 state.phase += 1
                 if following:
                     state.phase_step = 0
@@ -84,16 +89,19 @@ class Loop:
                 last = state.phase_step == phase.steps
                 due = training.evaluation.every_steps
                 evaluate = self.context.validate is not None and (last or bool(due and state.step % due == 0))
+                seen = self._seen(stage, step)
                 metrics = None
                 if evaluate or last or state.step == 1 or state.step % training.logging.every_steps == 0:
-                    metrics = self._metrics(stage, step, clock)
+                    metrics = self._metrics(seen, clock)
                 with clock.paused():  # validating and saving are not training: they do not count in tokens/s
                     self.context.reporter.step(state.phase_step, metrics)
                     if evaluate:
                         assert metrics is not None
                         metrics["validation_loss"] = self._evaluate(stage, record if last else None)
+                        seen["validation_loss"] = metrics["validation_loss"]
                     if metrics is not None:
                         self.saver.log(metrics)
+                    self.callbacks.on_step(seen)  # before its checkpoint: a process that dies between repeats it
                     if last or bool(stop) or state.step % training.checkpoint.every_steps == 0:
                         self._save(stage, record, clock)
                 if stop and not (last and state.phase == len(self.phases) - 1):
@@ -132,9 +140,8 @@ class Loop:
         record.first_loss = step.loss if record.first_loss is None else record.first_loss
         record.last_loss = step.loss
 
-    def _metrics(self, stage: Stage, step: Step, clock: Clock) -> dict[str, Any]:
-        """What is logged of a step."""
-        tokens_per_second, flops_per_second = clock.pace()
+    def _seen(self, stage: Stage, step: Step) -> dict[str, Any]:
+        """What is known of every step."""
         return {
             "step": self.state.step,
             "phase": stage.phase.name,
@@ -143,6 +150,12 @@ class Loop:
             "loss": step.loss,
             "lr": step.lr,
             "grad_norm": step.grad_norm,
+        }
+
+    def _metrics(self, seen: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        """What is logged of a step."""
+        tokens_per_second, flops_per_second = clock.pace()
+        return seen | {
             "tokens_per_second": tokens_per_second,
             "mfu": flops_per_second / self.peak_flops if self.peak_flops else None,
             "memory_bytes": self.memory.peak(),

@@ -79,6 +79,12 @@ class Placement:
                 store.adopt(checkpoint, part)
                 self.offload.send(stack, partial(store.withdraw, part))
 
+    def reunite(self) -> None:
+        """Puts the whole Rack on the device."""
+        for stack in self.rack.stacks:
+            self.offload.bring(stack)
+        self.rack.to(self.device)
+
     def hash_of(self, stack: Stack) -> str:
         """Of the weights of ``stack``, without its adapters."""
         if self._store is not None and stack.stack_id in self.offload.away:

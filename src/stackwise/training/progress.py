@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere. All of it goes to stderr."""
+"""What a person sees of a run: a live bar on a terminal and in a notebook, plain lines elsewhere, on stderr."""
 
 from __future__ import annotations
 
@@ -167,8 +167,54 @@ class LiveReporter:
         return self
 
 
+class NotebookReporter:
+    """Lines in the output of the cell, and below them one that follows the work in place, each ``interval`` seconds."""
+
+    def __init__(self, interval: float = 0.2) -> None:
+        self._interval, self._last = interval, 0.0
+        self._handle: Any = None
+        self._total, self._metrics = 0, ""
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)  # a notebook shows what goes to stderr as an error
+
+    def work(self, description: str, done: int, total: int | None) -> None:
+        self._show(f"  {description}: {f'{100 * done / total:.0f} %' if total else f'{done:,}'}", done == total)
+
+    def phase(self, text: str, total_steps: int, done: int) -> None:
+        self.note(text)
+        self._handle, self._total, self._metrics = None, total_steps, ""
+
+    def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
+        if metrics is not None:
+            self._metrics = metrics_line(metrics)
+        filled = 24 * done // self._total
+        self._show(f"  {'█' * filled}{'░' * (24 - filled)} {done}/{self._total}  {self._metrics}", done == self._total)
+
+    def _show(self, text: str, now: bool) -> None:
+        from IPython.display import display
+
+        if not now and time.monotonic() - self._last < self._interval:
+            return
+        self._last, shown = time.monotonic(), {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _in_notebook() -> bool:
+    shells = sys.modules.get("ipykernel.zmqshell")
+    return shells is not None and shells.ZMQInteractiveShell.initialized()
+
+
 def console_reporter() -> Reporter:
-    """A live bar where stderr is a terminal, plain lines elsewhere."""
+    """A live bar in a notebook and where stderr is a terminal, plain lines elsewhere."""
+    if _in_notebook():
+        return NotebookReporter()
     console = Console(stderr=True)
     return LiveReporter(console) if console.is_terminal else LineReporter()
 

@@ -15,6 +15,12 @@ from stackwise.data.batches import Batch, Batches
 from stackwise.errors import UserError
 from stackwise.objectives.base import Example, Objective
 from stackwise.ops.losses import IGNORE
+from stackwise.randomness import seed_of
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds torch's own generator for a step: dropout, and what a data loader or an objective of one's own draws."""
+    torch.manual_seed(seed_of(seed, "dropout", step))
 
 
 class ProgressiveDataLoader:
@@ -71,14 +77,20 @@ class IterableSource:
     ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
     shifted here. With the objective custom they are each position's own target, and nothing is shifted; with
     classification, (B,), the class of each sequence. Padded positions never count.
+
+    A run that is resumed reads the batches of the steps before once more and drops them, each with torch's generator
+    seeded as in its step: what ``batches`` draws from that generator (the order, augmentation) is then the same again.
+
+    Args:
+        seed: of the run.
     """
 
     repeatable = False
 
-    def __init__(self, batches: Iterable[Any], objective: Objective) -> None:
-        self._batches, self._objective = batches, objective
+    def __init__(self, batches: Iterable[Any], objective: Objective, seed: int = 0) -> None:
+        self._batches, self._objective, self._seed = batches, objective, seed
         self._iterator: Iterator[Any] = iter(())
-        self._epoch, self._sample = -1, 0
+        self._epoch, self._sample, self._given = -1, 0, 0
 
     def during(self, objective: Objective) -> IterableSource:
         """The batches that follow, as another objective sees them."""
@@ -86,7 +98,22 @@ class IterableSource:
         return self
 
     def example(self, step: int) -> Example:
-        ids, mask, labels = _unpack(self._next())
+        if self._given < step:
+            with torch.random.fork_rng(devices=()):
+                for given in range(self._given, step):
+                    seed_step(self._seed, given)
+                    self._sample += len(_unpack(self._next())[0])
+        self._given = step + 1
+        return self.seen(self._next())
+
+    def once(self) -> Iterator[Example]:
+        """The examples of one pass over the batches."""
+        self._epoch, self._sample = self._epoch + 1, 0
+        return map(self.seen, iter(self._batches))
+
+    def seen(self, batch: Any) -> Example:
+        """The objective's view of ``batch``, the next one of its epoch."""
+        ids, mask, labels = _unpack(batch)
         B = len(ids)
         kind = self._objective.labels
         if kind != "inputs":

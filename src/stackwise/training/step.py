@@ -12,9 +12,9 @@ from torch import Tensor
 from stackwise.errors import RunError
 from stackwise.objectives.base import Example
 from stackwise.ops.precision import autocast
-from stackwise.randomness import seed_of
 from stackwise.store.state import RunState
 from stackwise.training.schedules import lr_ratio
+from stackwise.training.sources import seed_step
 from stackwise.training.stage import Stage
 
 
@@ -39,8 +39,7 @@ def take_step(stage: Stage, state: RunState) -> Step:
     lr = training.optimizer.lr * lr_ratio(stage.phase.schedule, state.phase_step)
     for group in stage.optimizer.param_groups:
         group["lr"] = lr
-    # Dropout of any kind, and what an objective of the user's own draws, comes from the global generator.
-    torch.manual_seed(seed_of(training.seed, "dropout", state.step))
+    seed_step(training.seed, state.step)
     example = stage.examples.next()
     count = example.n_targets  # before it moves to the device, which would have to be waited for
     if count == 0:

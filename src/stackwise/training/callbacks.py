@@ -1,0 +1,36 @@
+"""What a caller of training is told while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Seen = Callable[[dict[str, Any]], None]
+
+
+def _nothing(seen: dict[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Two functions of the caller's. An error that one raises ends the run, which can be resumed.
+
+    Attributes:
+        on_step: called after each step, before its checkpoint, with ``step``, ``phase``, ``stack``, ``tokens``,
+            ``loss``, ``lr``, ``grad_norm`` and, where it was measured, ``validation_loss``. A process that was killed
+            takes the steps after its last checkpoint again: they are told again.
+        on_phase: called after each phase with what ``summary.json`` says of it.
+    """
+
+    on_step: Seen = _nothing
+    on_phase: Seen = _nothing
+
+    @classmethod
+    def of(cls, on_step: Seen | None, on_phase: Seen | None) -> Callbacks:
+        """``None`` is a function that does nothing."""
+        return cls(on_step or _nothing, on_phase or _nothing)
+
+
+NO_CALLBACKS = Callbacks()
