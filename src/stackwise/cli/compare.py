@@ -23,7 +23,7 @@ def compare(
     start: From = None,
     as_json: Json = False,
 ) -> None:
-    """Train CONFIG by several recipes at equal true FLOPs, and show what came out side by side."""
+    """Train CONFIG by several recipes at equal true FLOPs and show the results side by side."""
     settings = read_config(config, overrides, start)
     from stackwise.cli.results import bound, print_json, table
     from stackwise.growth.recipes import recipe_names

@@ -22,9 +22,9 @@ def evaluate(
 ) -> None:
     """Score RUN on its validation text, or on other text.
 
-    The validation text must be the one that the run was trained with; other text is read by the run's tokenizer.
+    Without --data, the text behind RUN's config must be the one that it was trained with.
 
-    Bits per byte are those of all predicted tokens over the bytes of the text; "given" counts what is not predicted.
+    Bits per byte divide the nats of all predicted tokens by the bytes of the text; "given" counts tokens not predicted.
     """
     from stackwise.cli.results import print_json, table
     from stackwise.evaluation.evaluate import evaluate_run

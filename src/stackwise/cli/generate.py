@@ -90,7 +90,7 @@ def generate(
     show: _Show = False,
     as_json: Json = False,
 ) -> None:
-    """Write text: after a prompt, or into gaps (diffusion)."""
+    """Generate text: continue a prompt, or fill gaps (diffusion)."""
     from stackwise.cli.results import print_json
     from stackwise.generation.sampling import row_seeds
     from stackwise.generation.text import stream_texts
@@ -134,7 +134,7 @@ def generate(
 
 
 def _refuse_unread(objective: str, of_clm: dict[str, Any], of_diffusion: dict[str, Any]) -> None:
-    """Refuses options, by name, that a run of another objective would read; None: not given."""
+    """Refuses options that only runs of another objective use, by name; None: not given."""
     theirs, reader = (of_clm, "clm") if objective == "diffusion" else (of_diffusion, "diffusion")
     for option, value in theirs.items():
         if value is not None:

@@ -20,7 +20,7 @@ def import_(
     stacks: Annotated[int, typer.Option("--stacks", min=1, help="Stacks to split the layers into")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Bring a pretrained model in as RUN, ready to be evaluated, to generate, and to grow (train --from RUN).
+    """Import a pretrained model as RUN, ready to evaluate, generate from, and grow (train --from RUN).
 
     Llama, Qwen3, GPT-2, ModernBERT and DeepSeek-V3 without experts.
     """

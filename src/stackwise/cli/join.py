@@ -22,7 +22,7 @@ def join(
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")],
     as_json: Json = False,
 ) -> None:
-    """Join experts (training.diffusion.expert), each trained in a process of its own, into one run."""
+    """Join experts that were trained in separate processes (training.diffusion.expert) into one run."""
     from stackwise.cli.results import print_json
     from stackwise.runs.join import join_runs
 

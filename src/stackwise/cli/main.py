@@ -51,7 +51,7 @@ app = typer.Typer(
     name="stackwise",
     help="Train transformers from scratch, Stack by Stack, inside a memory budget.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the input is wrong (one line says what); 3 stopped by a "
-    "signal, and the last line says what goes on from there; 130 interrupted, with nothing to go on from.",
+    "signal (the last line says how to continue); 130 interrupted, with nothing to continue from.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

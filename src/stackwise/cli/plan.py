@@ -60,7 +60,7 @@ def plan(
     start: From = None,
     as_json: Json = False,
 ) -> None:
-    """Show each phase of a run, and what it will take, before anything runs; which recipe fits, and what else would."""
+    """Show what each phase of a run needs, before anything runs, and what to change where it does not fit."""
     settings = read_config(config, overrides, start)
     limits: dict[str, Any] = {
         name: parse_bytes(text, f"--{name.replace('_', '-')}")

@@ -1,4 +1,4 @@
-"""``stackwise resume``: goes on with a stopped run."""
+"""``stackwise resume``: continues a stopped run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resume(
     trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """Go on with RUN exactly where it stopped."""
+    """Continue RUN exactly where it stopped."""
     from stackwise.cli.results import show_summary
     from stackwise.runs.run import resume_run
     from stackwise.training.progress import console_reporter

@@ -2,7 +2,7 @@
 
 The real model, loss and backward pass run on fake tensors (``planning.dry_step``). What is planned is therefore what
 runs, for every model that runs. What the step alone does not show is added here: Stacks before the one where gradients
-begin, those that are away, the activation cache.
+begin, offloaded Stacks, the activation cache.
 """
 
 from __future__ import annotations
@@ -364,5 +364,5 @@ def preparation_flops(phases: Sequence[Phase], costs: Sequence[PhaseCost]) -> li
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a fetch of a Stack that is away brings: tensors of their own."""
+    """What fetching an offloaded Stack brings: tensors of their own."""
     return {name: torch.empty_like(tensor) for name, tensor in tensors.items()}

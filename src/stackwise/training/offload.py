@@ -1,8 +1,8 @@
-"""Stacks whose weights wait off the device, and come one at a time.
+"""Offloaded Stacks: their weights are kept off the device and brought there one Stack at a time.
 
-A Stack that is *away* keeps its adapters; its other tensors are on the meta device and are fetched for a forward pass
-(and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next, and on
-cuda copies it to the device from page-locked memory, on a stream of its own beside the stream that computes.
+An offloaded Stack (*away*) keeps its adapters; its other tensors are on the meta device and are fetched for a forward
+pass (and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next,
+and on cuda copies it to the device from page-locked memory, on a stream of its own beside the stream that computes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Brought = tuple[dict[str, Tensor], "torch.cuda.Event | None"]
 
 
 class Offload:
-    """The Stacks that are away from ``device``, and where their tensors are.
+    """The Stacks offloaded from ``device``, and where their tensors are.
 
     The order in which Stacks are fetched repeats from step to step: after the pair (i, j) the one that followed it last
     time is read ahead, so at most two Stacks are on their way or in use.
@@ -42,7 +42,7 @@ class Offload:
 
     @property
     def away(self) -> set[int]:
-        """Ids of the Stacks that are away."""
+        """Ids of offloaded Stacks."""
         return set(self._sources)
 
     def send(self, stack: Stack, source: Source) -> None:
@@ -52,7 +52,7 @@ class Offload:
         stack.fetch = lambda: self._fetch(stack.stack_id)
 
     def bring(self, stack: Stack) -> None:
-        """Puts the tensors of ``stack`` back on the device, if it is away."""
+        """Puts the tensors of ``stack`` back on the device, if it is offloaded."""
         source = self._sources.pop(stack.stack_id, None)
         if source is None:
             return
@@ -74,7 +74,7 @@ class Offload:
             self.send(stack, source)
 
     def close(self) -> None:
-        """Ends the reading thread; what is away stays away, and can be fetched again."""
+        """Ends the reading thread; offloaded Stacks stay so, and can be fetched again."""
         self._forget()
         if self._reader is not None:
             self._reader.shutdown(wait=True)
@@ -124,7 +124,7 @@ class Offload:
 
 
 def all_tensors(rack: Rack, offload: Offload | None = None) -> Iterator[tuple[str, str, Tensor]]:
-    """``Rack.part_tensors``, with those of Stacks that are away; each Stack's are let go before the next one's come."""
+    """``Rack.part_tensors``, with those of offloaded Stacks; each Stack's are let go before the next one's come."""
     away = {} if offload is None else {f"stack.{k}": source for k, source in offload._sources.items()}
     for part, module in rack.parts().items():
         fetched = dict(away[part]()) if part in away else {}
