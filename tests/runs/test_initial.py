@@ -11,8 +11,9 @@ from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.data.store import prepare
 from stackwise.errors import UserError
+from stackwise.model.architecture import create_rack_from_config
 from stackwise.objectives import create_objective
-from stackwise.training import ProgressiveDataLoader, ProgressiveRackBuilder, ProgressiveTrainer
+from stackwise.training import ArchitectureTrainer, ProgressiveDataLoader, ProgressiveRackBuilder, ProgressiveTrainer
 
 BASE = """
 model: {{d_model: 20, n_heads: 2, d_ff: 36, tie_embeddings: {tied}, architecture: {{n_stacks: 2, blocks_per_stack: 2}}}}
@@ -185,3 +186,20 @@ def test_a_trainer_grows_the_rack_that_model_initial_names_as_a_run_does(work, t
     theirs = dict(stackwise.load(run).rack.named_parameters())
     ours = dict(builder.rack.named_parameters())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_end_to_end_training_starts_from_the_weights_that_model_initial_names(work):
+    settings = StackWiseConfig.from_yaml(work / "base.yaml").changed(
+        {"model.initial": str(work / "base"), "training.max_steps": 1, "training.optimizer.lr": 1e-30}
+    )
+    base = stackwise.load(work / "base").rack
+    rack = create_rack_from_config(settings, vocab_size=base.vocab_size)
+    before = dict(base.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in rack.named_parameters())
+    loader = ProgressiveDataLoader(prepare(settings.data).train, settings)
+    ArchitectureTrainer(settings).train_architecture(rack, loader)
+    for name, p in rack.named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=0, atol=1e-12)
+    other = create_rack_from_config(settings, n_stacks=1, vocab_size=base.vocab_size)
+    with pytest.raises(UserError, match=r"model\.initial: the Rack has other Stacks"):
+        ArchitectureTrainer(settings).train_architecture(other, loader)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import stackwise
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
+from stackwise.data.tokenizers import ByteTokenizer
 from stackwise.errors import ConfigError, StoppedBySignal, UserError
 from stackwise.model.architecture import create_rack_from_config, create_simple_rack
 from stackwise.training import ArchitectureTrainer, ProgressiveDataLoader, ProgressiveRackBuilder, ProgressiveTrainer
@@ -321,6 +322,19 @@ def test_the_command_line_says_that_the_batches_are_in_python(tmp_path, capsys):
     train(config(), out, resume=True)
     assert main(["resume", str(out)]) == 0
     assert "no validation data was given" in capsys.readouterr().err
+
+
+def test_a_run_of_a_trainer_that_has_a_tokenizer_is_generated_from_and_evaluated(tmp_path, text):
+    tokenizer = ByteTokenizer()
+    tokens = np.asarray(tokenizer.encode(text.read_text()))
+    settings = config(f"model.vocab_size={tokenizer.vocab_size}")
+    train(settings, tmp_path / "run", ProgressiveDataLoader(tokens, settings), tokenizer=tokenizer)
+    assert stackwise.generate(tmp_path / "run", "abc", 5).startswith("abc")
+    assert stackwise.evaluate(tmp_path / "run", text)["tokens"] > 3000
+    with pytest.raises(UserError, match=r"data\.source: 'loader'.*--data F scores other text"):
+        stackwise.evaluate(tmp_path / "run")
+    with pytest.raises(UserError, match="another tokenizer, or with none"):
+        train(settings, tmp_path / "run", ProgressiveDataLoader(tokens, settings), resume=True)
 
 
 def test_an_interrupted_trainer_stops_with_a_checkpoint_and_goes_on(tmp_path):
