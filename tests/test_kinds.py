@@ -8,15 +8,23 @@ from stackwise import kinds
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.data import SourceName
 from stackwise.config.growth import PrecisionName
+from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import OptimizerName
 from stackwise.config.run import StrategyName
 from stackwise.data.corpus import Corpus
 from stackwise.errors import UserError
+from stackwise.objectives.base import CrossEntropyObjective
 from stackwise.ops.storage import Storage
 from stackwise.optim.kinds import Optimizer
 
-CLASSES = {"OPTIMIZERS": Optimizer, "STORAGES": Storage}
-NAMES = {"CORPORA": SourceName, "CURRICULA": StrategyName, "OPTIMIZERS": OptimizerName, "STORAGES": PrecisionName}
+CLASSES = {"OBJECTIVES": CrossEntropyObjective, "OPTIMIZERS": Optimizer, "STORAGES": Storage}
+NAMES = {
+    "CORPORA": SourceName,
+    "CURRICULA": StrategyName,
+    "OBJECTIVES": ObjectiveName,
+    "OPTIMIZERS": OptimizerName,
+    "STORAGES": PrecisionName,
+}
 
 
 @pytest.mark.parametrize("kind", [name for name in vars(kinds) if name.isupper()])

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
+
+Labels = Literal["inputs", "positions", "sequences"]
+"""What the labels of a batch are: the tokens themselves, the target of each position, the class of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,29 @@ class CorpusKind(Kind):
     """
 
     path_takes: str | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveKind(Kind):
+    """``training.progressive.training_objective``: a class of ``objectives.base.CrossEntropyObjective``.
+
+    Attributes:
+        attention: the direction of attention where the model's settings leave it open.
+        either: whether the other direction is allowed as well.
+        needs_mask: whether the tokenizer must have a mask token.
+        labels: what it learns from; all but the tokens come from a data loader, so only from Python.
+        sampler: how a trained run makes text: it goes on from a prompt, or fills gaps; None: it makes none.
+        masks: whether its phases have the rates of ``training.masking``.
+        scores_alone: whether the evaluation also masks each token alone (pseudo-perplexity).
+    """
+
+    attention: Literal["causal", "bidirectional"] = "bidirectional"
+    either: bool = False
+    needs_mask: bool = False
+    labels: Labels = "inputs"
+    sampler: Literal["continuation", "filling"] | None = None
+    masks: bool = False
+    scores_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,27 @@ CURRICULA: dict[str, Kind] = {
     "phases": Kind("growth.curricula:free"),
 }
 """``training.strategy``: functions of (``StackWiseConfig``, Stacks that are there) that give drafts of phases."""
+
+OBJECTIVES: dict[str, ObjectiveKind] = {
+    "clm": ObjectiveKind("objectives.causal:CausalObjective", attention="causal", sampler="continuation"),
+    "mlm": ObjectiveKind("objectives.masked:MaskedObjective", needs_mask=True, masks=True, scores_alone=True),
+    "diffusion": ObjectiveKind("objectives.diffusion:DiffusionObjective", needs_mask=True, sampler="filling"),
+    "custom": ObjectiveKind("objectives.custom:CustomObjective", attention="causal", either=True, labels="positions"),
+    "classification": ObjectiveKind(
+        "objectives.classification:ClassificationObjective", either=True, labels="sequences"
+    ),
+}
+
+
+def text_objectives() -> tuple[str, ...]:
+    """The names of the objectives that learn from text alone."""
+    return tuple(name for name, kind in OBJECTIVES.items() if kind.labels == "inputs")
+
+
+def samplers(sampler: str) -> list[str]:
+    """The names of the objectives whose runs make text in this way."""
+    return [name for name, kind in OBJECTIVES.items() if kind.sampler == sampler]
+
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind("optim.kinds:AdamW", uses=("betas", "eps", "moments"), rounds_at_random=True),

@@ -201,7 +201,7 @@ def test_pseudo_perplexity_masks_one_token_at_a_time():
                 inputs[i] = MASK
                 total += F.cross_entropy(rack(inputs[None])[0, i], row[i]).item()
                 count += 1
-    found = pseudo_perplexity(rack, objective(), tokens, T, batch_size=3)
+    found = pseudo_perplexity(rack, MASK, SPECIALS, tokens, T, batch_size=3)
     assert found["pseudo_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found["pseudo_perplexity_tokens"] == count < 2 * T
 

@@ -10,6 +10,7 @@ import typer
 
 from stackwise.cli.train import Json
 from stackwise.errors import UserError
+from stackwise.kinds import OBJECTIVES, samplers
 
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")]
 _Prompt = Annotated[
@@ -101,16 +102,16 @@ def generate(
         raise UserError("--template and --prompt are both given; put the prompt at the start of the template")
     prompts = prompt or [""]
     seeds = row_seeds(seed, len(prompts))
-    diffusion = loaded.config.training.objective == "diffusion"
     _refuse_unread(
         loaded.config.training.objective,
-        of_clm={"--top-k": top_k, "--min-p": min_p, "--stop": stop},
-        of_diffusion={
+        continuation={"--top-k": top_k, "--min-p": min_p, "--stop": stop},
+        filling={
             "--template": template, "--order": order, "--steps": steps, "--threshold": threshold,
             "--guidance": guidance or None, "--show": show or None,
         },
     )  # fmt: skip
-    if diffusion:
+    filled = OBJECTIVES[loaded.config.training.objective].sampler == "filling"
+    if filled:
         texts = _filled(
             loaded, prompts, tokens, template, show, seeds,
             order=order, steps=steps, threshold=threshold, guidance=guidance, temperature=temperature, top_p=top_p,
@@ -130,17 +131,18 @@ def generate(
         results = [{"prompt": p, "seed": s, "text": text} for p, s, text in zip(prompts, seeds, texts, strict=True)]
         print_json(results if len(results) > 1 else results[0])
         return
-    print("\n\n".join(texts if diffusion else [f"{p}\n{text}" for p, text in zip(prompts, texts)]))
+    print("\n\n".join(texts if filled else [f"{p}\n{text}" for p, text in zip(prompts, texts)]))
 
 
-def _refuse_unread(objective: str, of_clm: dict[str, Any], of_diffusion: dict[str, Any]) -> None:
-    """Refuses options that only runs of another objective use, by name; None: not given."""
-    theirs, reader = (of_clm, "clm") if objective == "diffusion" else (of_diffusion, "diffusion")
-    for option, value in theirs.items():
-        if value is not None:
-            raise UserError(
-                f"{option} is only used for runs trained with {reader} (this run was trained with {objective})"
-            )
+def _refuse_unread(objective: str, **of_sampler: dict[str, Any]) -> None:
+    """Refuses options that only another sampler than the objective's uses, by name; None: not given."""
+    for sampler, options in of_sampler.items():
+        for option, value in options.items():
+            if value is not None and sampler != OBJECTIVES[objective].sampler:
+                readers = " and ".join(samplers(sampler))
+                raise UserError(
+                    f"{option} is only used for runs trained with {readers} (this run was trained with {objective})"
+                )
 
 
 def _print_as_written(prompt: str, pieces: Iterable[list[str]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stackwise.config.objectives import ObjectiveName
+from stackwise.config.objectives import ObjectiveName, TextObjective
 from stackwise.config.section import Fraction, PositiveInt, Section, Size, Stacks, as_tuple, conflict
 from stackwise.kinds import STORAGES
 
@@ -111,10 +111,10 @@ class PhaseConfig(Section):
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         None, description="Share of the budget; null: an equal part of what the other entries leave"
     )
-    objective: Literal["clm", "mlm", "diffusion"] | None = Field(
+    objective: TextObjective | None = Field(
         None,
-        description="Objective of this entry: clm, mlm or diffusion; null: training.progressive.training_objective. "
-        "The run is evaluated and used with the last entry's objective",
+        description="Objective of this entry, one that learns from text alone; null: "
+        "training.progressive.training_objective. The run is evaluated and used with the last entry's objective",
     )
 
     @model_validator(mode="after")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from stackwise.config.section import Fraction, Section, Size, as_tuple, as_tuples, conflict
+from stackwise.kinds import OBJECTIVES, text_objectives
 
-ObjectiveName = Literal["clm", "mlm", "diffusion", "custom", "classification"]
+if TYPE_CHECKING:
+    ObjectiveName = str
+    TextObjective = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    TextObjective = Literal[text_objectives()]
 
 
 class MaskingConfig(Section):

@@ -14,7 +14,7 @@ from stackwise.config.data import TokenizerConfig
 from stackwise.config.messages import show
 from stackwise.config.run import Settings
 from stackwise.config.section import Section, conflict
-from stackwise.kinds import CORPORA, OPTIMIZERS, STORAGES
+from stackwise.kinds import CORPORA, OBJECTIVES, OPTIMIZERS, STORAGES
 
 
 class OnlyUsed(NamedTuple):
@@ -179,19 +179,21 @@ def _one_for_each_stack(key: str, entries: Any, n_stacks: int, at_least: bool = 
 def _direction(config: Settings) -> None:
     preset = config.model.attention_preset
     for objective in config.training.objectives:
-        mode = config.mode_of(objective)
-        if objective == "clm" and mode == "bidirectional":
+        mode, kind = config.mode_of(objective), OBJECTIVES[objective]
+        if kind.either or mode == kind.attention:
+            continue
+        fitting = tuple(name for name, other in OBJECTIVES.items() if other.attention == mode and not other.either)
+        if mode == "bidirectional":
             raise conflict(
                 "model.attention_preset",
-                f"{preset!r} is bidirectional, so attention would see the tokens that clm predicts; "
-                "set gpt_style, or training.progressive.training_objective: mlm or diffusion",
+                f"{preset!r} is bidirectional, so attention would see the tokens that {objective} predicts; "
+                f"set gpt_style, or training.progressive.training_objective: {_or(fitting)}",
             )
-        if objective in ("mlm", "diffusion") and mode == "causal":
-            raise conflict(
-                "model.attention_preset",
-                f"{preset!r} is causal, but {objective} needs bidirectional attention; set bert_style, "
-                "or training.progressive.training_objective: clm",
-            )
+        raise conflict(
+            "model.attention_preset",
+            f"{preset!r} is causal, but {objective} needs bidirectional attention; set bert_style, "
+            f"or training.progressive.training_objective: {_or(fitting)}",
+        )
 
 
 def _text(config: Settings) -> None:
@@ -413,9 +415,10 @@ def _cache(config: Settings) -> None:
     if not training.progressive.cache_activations:
         return
     key = "training.progressive.cache_activations"
-    if training.objective == "classification":
+    if OBJECTIVES[training.objective].labels == "sequences":
         raise conflict(
-            key, "true requires batches from a token store, but classification takes batches from a data loader"
+            key,
+            f"true requires batches from a token store, but {training.objective} takes batches from a data loader",
         )
     if training.diffusion.block_length not in (None, training.seq_len):
         raise conflict(

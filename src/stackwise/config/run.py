@@ -12,7 +12,7 @@ from stackwise.config.model import DEFAULT_KERNEL_DIM, ModelConfig
 from stackwise.config.objectives import ClassificationConfig, DiffusionConfig, MaskingConfig, ObjectiveName
 from stackwise.config.optimization import OptimizerConfig, ScheduleConfig
 from stackwise.config.section import PositiveInt, Section, Size, as_tuple, conflict
-from stackwise.kinds import CURRICULA, STORAGES
+from stackwise.kinds import CURRICULA, OBJECTIVES, STORAGES
 
 DEFAULT_STEPS = 1000
 """Budget when none of max_steps, max_tokens and max_flops is set."""
@@ -149,7 +149,7 @@ class TrainingConfig(Section):
     @property
     def needs_mask(self) -> bool:
         """Whether the tokenizer must have a mask token."""
-        return not {"mlm", "diffusion"}.isdisjoint(self.objectives)
+        return any(OBJECTIVES[name].needs_mask for name in self.objectives)
 
     @property
     def depth_variant(self) -> Literal["experts", "suffix", "prefix"] | None:
@@ -203,8 +203,7 @@ class Settings(Section):
 
     def mode_of(self, objective: ObjectiveName) -> Literal["causal", "bidirectional"]:
         """The direction of attention: the preset's, or that of ``objective`` where the preset leaves it open."""
-        causal = objective in ("clm", "custom")
-        needed: Literal["causal", "bidirectional"] = "causal" if causal else "bidirectional"
+        needed = OBJECTIVES[objective].attention
         match self.model.attention_preset:
             case "gpt_style":
                 return "causal"

@@ -12,7 +12,8 @@ from stackwise.data.store import encode_files
 from stackwise.errors import UserError
 from stackwise.evaluation.entropy import ngram_entropies
 from stackwise.evaluation.pseudo import pseudo_perplexity
-from stackwise.objectives import MaskedObjective, create_objective
+from stackwise.kinds import OBJECTIVES
+from stackwise.objectives import create_objective
 from stackwise.objectives.scoring import bits_per_byte, predicted_share, validate
 from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.runs.run import TEXT, LoadedRun, load, run_data
@@ -71,8 +72,10 @@ def evaluate_run(
         progress=lambda done, total: reporter.work("scoring", done, total),
     )
     scores = result.to_dict()
-    if isinstance(objective, MaskedObjective):
-        scores |= pseudo_perplexity(loaded.rack, objective, tokens, seq_len, training.batch_size)
+    if OBJECTIVES[training.objective].scores_alone:
+        assert tokenizer.mask_id is not None  # the objective asked for it
+        special = objective.special_ids
+        scores |= pseudo_perplexity(loaded.rack, tokenizer.mask_id, special, tokens, seq_len, training.batch_size)
     entropies = ngram_entropies(tokens, objective.special_ids)
     bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
     return {

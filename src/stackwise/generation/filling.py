@@ -14,9 +14,10 @@ from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.generation.denoisers import RackDenoiser, generate_blocks
 from stackwise.generation.diffusion import unmask
+from stackwise.kinds import OBJECTIVES, samplers
 from stackwise.model.architecture import Rack
-from stackwise.objectives import DiffusionObjective, create_objective
 from stackwise.objectives.depth import levels_of
+from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.ops.noise import divided
 
 GAP = "░"
@@ -61,9 +62,13 @@ def fill_texts(
     Raises:
         UserError: at the call, for settings that do not fit.
     """
-    objective, mask_id = create_objective(config, tokenizer), tokenizer.mask_id
-    if not isinstance(objective, DiffusionObjective) or mask_id is None:
-        raise UserError(f"this run was trained with {config.training.objective}; filling gaps needs diffusion")
+    mask_id = tokenizer.mask_id
+    if OBJECTIVES[config.training.objective].sampler != "filling" or mask_id is None:
+        raise UserError(
+            f"this run was trained with {config.training.objective}; filling gaps needs "
+            f"{' or '.join(samplers('filling'))}"
+        )
+    objective = DiffusionObjective.from_config(config, tokenizer)
     tokens = torch.tensor(starts, device=rack.device)
     never = tokenizer.special_ids | frozenset(range(tokenizer.vocab_size, rack.vocab_size))
     given: dict[str, Any] = {"mask_id": mask_id, "seed": seed, "suppressed_ids": never, **options}

@@ -12,6 +12,7 @@ from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.generation.autoregressive import generate, pad_prompts
 from stackwise.generation.sampling import Draw
+from stackwise.kinds import OBJECTIVES, samplers
 from stackwise.model.architecture import Rack
 
 _INCOMPLETE = "\ufffd"
@@ -58,10 +59,10 @@ def stream_texts(
         UserError: at the call, for a masked model, a prompt that the tokenizer cannot write, and settings that do not
             fit.
     """
-    if config.training.objective != "clm":
+    if OBJECTIVES[config.training.objective].sampler != "continuation":
         raise UserError(
-            f"this run was trained with {config.training.objective}, which fills gaps and does not go on from a prompt"
-            "; generate needs clm"
+            f"this run was trained with {config.training.objective}, which does not go on from a prompt; generate "
+            f"needs {' or '.join(samplers('continuation'))}"
         )
     if "" in stop:
         raise UserError("stop: an empty text is not allowed; give at least one character")

@@ -17,7 +17,7 @@ from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Schedule
-from stackwise.kinds import CURRICULA, STORAGES
+from stackwise.kinds import CURRICULA, OBJECTIVES, STORAGES
 from stackwise.objectives.depth import Interval, intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
 
@@ -175,7 +175,7 @@ class Course:
     def _rates(self, growth: tuple[Growth, ...]) -> tuple[Interval, ...]:
         """The masking rates of mlm: those of the config, or of the Stack that is new, where Stacks have their own."""
         masking = self.config.training.masking
-        if self.objective != "mlm":
+        if not OBJECTIVES[self.objective].masks:
             return ()
         low, high = masking.rate, masking.max_rate or masking.rate
         if masking.stack_rates is not None and growth:

@@ -2,11 +2,11 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import ObjectiveName
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
+from stackwise.kinds import OBJECTIVES
 from stackwise.objectives.base import Example, Objective, Score
 from stackwise.objectives.causal import CausalObjective
 from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.custom import CustomObjective
-from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.objectives.masked import MaskedObjective
 
@@ -32,44 +32,16 @@ def create_objective(
     Raises:
         UserError: it needs a mask token, or to know where words begin, and the tokenizer (or its absence) does not say.
     """
-    training = config.training
-    name = name or training.objective
-    key = f"training.progressive.training_objective: {name}"
-    if name == "clm":
-        return CausalObjective()
-    if name == "custom":
-        return CustomObjective()
-    if name == "classification":
-        pooling = training.classification.pooling or ("last" if config.attention_mode == "causal" else "mean")
-        return ClassificationObjective(training.classification, pooling)
-    if tokenizer is None:
-        raise UserError(f"{key} needs the tokenizer, for its mask token")
-    if tokenizer.mask_id is None:
+    name = name or config.training.objective
+    kind = OBJECTIVES[name]
+    if kind.needs_mask and tokenizer is None:
+        raise UserError(f"training.progressive.training_objective: {name} needs the tokenizer, for its mask token")
+    if kind.needs_mask and tokenizer is not None and tokenizer.mask_id is None:
         raise UserError(
             f"data.tokenizer: the tokenizer has no mask token, which {name} needs; use bytes, characters or bpe"
         )
-    if name == "mlm":
-        starts = tokenizer.word_starts() if training.masking.unit == "word" else None
-        return MaskedObjective(
-            training.masking,
-            seed=training.seed,
-            mask_id=tokenizer.mask_id,
-            special_ids=tokenizer.special_ids,
-            vocab_size=tokenizer.vocab_size,
-            starts=starts,
-        )
-    variant = training.depth_variant
-    told = training.diffusion.condition if training.progressive.time_interpretation == "input" else None
-    return DiffusionObjective(
-        training.diffusion,
-        seed=training.seed,
-        mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
-        vocab_size=tokenizer.vocab_size,
-        variant=variant,
-        levels=(1.0, 0.0) if variant is None else levels_of(config),
-        conditioned=told,
-    )
+    objective: Objective = kind.load().from_config(config, tokenizer)
+    return objective
 
 
 def create_objectives(config: StackWiseConfig, tokenizer: Tokenizer | None) -> dict[ObjectiveName, Objective]:

@@ -9,21 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stackwise.config.base import StackWiseConfig
 from stackwise.data.batches import Batch
+from stackwise.data.tokenizers import Tokenizer
+from stackwise.kinds import OBJECTIVES, Labels
 from stackwise.model.architecture import Rack
 from stackwise.model.reading import Reading
 from stackwise.objectives.depth import Interval
 from stackwise.ops.losses import IGNORE
-
-Labels = Literal["inputs", "positions", "sequences"]
-"""What the labels of a batch are: the inputs themselves, the target of each position, the class of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ class Objective(Protocol):
     name: str
     predicts_every_token: bool
     """Whether the score is of the likelihood of the whole text, so that bits per byte mean something."""
-    labels: Labels
     special_ids: frozenset[int]
     """Tokens of a text that are given and never predicted: neither their nats nor their number count. Of clm: none."""
     is_bound: bool
     """Whether the score bounds the negative log-likelihood, by random draws, and is not the thing itself."""
+
+    @property
+    def labels(self) -> Labels: ...
 
     def during(self, noise: tuple[Interval, ...]) -> Objective:
         """The objective of a phase that trains these intervals of noise levels; none: all there are."""
@@ -117,10 +119,28 @@ class CrossEntropyObjective(ABC):
     """Loss and score of the objectives that predict one token at each target position."""
 
     is_bound = False
-    labels: Labels = "inputs"
+    name: str
     special_ids: frozenset[int] = frozenset()
     excluded: int | None = None
     """A token whose logit is −∞."""
+
+    @property
+    def labels(self) -> Labels:
+        return OBJECTIVES[self.name].labels
+
+    @classmethod
+    def from_config(cls, config: StackWiseConfig, tokenizer: Tokenizer | None) -> Self:
+        """The objective of a run; ``tokenizer`` has a mask token where the objective needs one (``kinds``)."""
+        return cls()
+
+    @classmethod
+    def planned(cls, config: StackWiseConfig, vocab_size: int) -> Self | None:
+        """The objective whose loss of ``typical`` a step costs; ``None``: that of all positions, in one pass."""
+        return None
+
+    def typical(self, inputs: Tensor) -> Example:
+        """An example of the shapes that a step of sequences (B, T) has."""
+        return Example(Reading(inputs), inputs)
 
     def during(self, noise: tuple[Interval, ...]) -> Self:
         return self

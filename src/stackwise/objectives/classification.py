@@ -5,17 +5,19 @@ B sequences, T tokens, C width, N classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import ClassificationConfig
 from stackwise.data.batches import Batch
+from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
 from stackwise.model.reading import Reading
-from stackwise.objectives.base import CrossEntropyObjective, Example, Labels, Score, scored
+from stackwise.objectives.base import CrossEntropyObjective, Example, Score, scored
 
 
 class ClassificationObjective(CrossEntropyObjective):
@@ -31,10 +33,18 @@ class ClassificationObjective(CrossEntropyObjective):
 
     name = "classification"
     predicts_every_token = False
-    labels: Labels = "sequences"
 
     def __init__(self, settings: ClassificationConfig, pooling: Literal["last", "mean"]) -> None:
         self.classes, self.pooling = settings.classes, pooling
+
+    @classmethod
+    def from_config(cls, config: StackWiseConfig, tokenizer: Tokenizer | None) -> Self:
+        settings = config.training.classification
+        return cls(settings, settings.pooling or ("last" if config.attention_mode == "causal" else "mean"))
+
+    @classmethod
+    def planned(cls, config: StackWiseConfig, vocab_size: int) -> Self:
+        return cls(config.training.classification, "mean")
 
     def corrupt(self, batch: Batch) -> Example:
         if batch.targets is None:

@@ -6,7 +6,7 @@ import torch
 
 from stackwise.data.batches import Batch
 from stackwise.model.reading import Reading
-from stackwise.objectives.base import CrossEntropyObjective, Example, Labels
+from stackwise.objectives.base import CrossEntropyObjective, Example
 
 
 class CustomObjective(CrossEntropyObjective):
@@ -17,7 +17,6 @@ class CustomObjective(CrossEntropyObjective):
 
     name = "custom"
     predicts_every_token = False
-    labels: Labels = "positions"
 
     def corrupt(self, batch: Batch) -> Example:
         if batch.targets is None:

@@ -19,13 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import DiffusionConfig
 from stackwise.data.batches import Batch
 from stackwise.data.masking import count_mask, mask_uniforms, protected, rate_mask
+from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.architecture import Rack
 from stackwise.model.reading import Reading, Route
 from stackwise.objectives.base import CrossEntropyObjective, Example, Score, scored
-from stackwise.objectives.depth import Interval, Variant, intervals_of
+from stackwise.objectives.depth import Interval, Variant, intervals_of, levels_of
 from stackwise.ops.losses import IGNORE
 from stackwise.randomness import uniform
 
@@ -70,6 +72,34 @@ class DiffusionObjective(CrossEntropyObjective):
         self.excluded = mask_id
         self.predicts_every_token = True
         self.noise: tuple[Interval, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: StackWiseConfig, tokenizer: Tokenizer | None) -> Self:
+        assert tokenizer is not None and tokenizer.mask_id is not None
+        return cls._of(config, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
+
+    @classmethod
+    def planned(cls, config: StackWiseConfig, vocab_size: int) -> Self | None:
+        training = config.training
+        plain = training.depth_variant is None and training.progressive.time_interpretation is None
+        if plain and training.diffusion.block_length is None:
+            return None
+        return cls._of(config, 0, frozenset(), vocab_size)
+
+    @classmethod
+    def _of(cls, config: StackWiseConfig, mask_id: int, special_ids: frozenset[int], vocab_size: int) -> Self:
+        training = config.training
+        told = training.progressive.time_interpretation == "input"
+        return cls(
+            training.diffusion,
+            seed=training.seed,
+            mask_id=mask_id,
+            special_ids=special_ids,
+            vocab_size=vocab_size,
+            variant=training.depth_variant,
+            levels=(1.0, 0.0) if training.depth_variant is None else levels_of(config),
+            conditioned=training.diffusion.condition if told else None,
+        )
 
     def during(self, noise: tuple[Interval, ...]) -> Self:
         if not noise and self.variant is not None:

@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import MaskingConfig
 from stackwise.data.batches import Batch
 from stackwise.data.masking import bert_mask
+from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.reading import Reading
 from stackwise.objectives.base import CrossEntropyObjective, Example
 from stackwise.objectives.depth import Interval
@@ -49,6 +51,19 @@ class MaskedObjective(CrossEntropyObjective):
         self.masking, self.seed, self.starts = masking, seed, starts
         self.mask_id, self.special_ids, self.vocab_size = mask_id, special_ids, vocab_size
         self.rates = (masking.rate, masking.max_rate or masking.rate)
+
+    @classmethod
+    def from_config(cls, config: StackWiseConfig, tokenizer: Tokenizer | None) -> Self:
+        assert tokenizer is not None and tokenizer.mask_id is not None
+        masking = config.training.masking
+        return cls(
+            masking,
+            seed=config.training.seed,
+            mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids,
+            vocab_size=tokenizer.vocab_size,
+            starts=tokenizer.word_starts() if masking.unit == "word" else None,
+        )
 
     def during(self, noise: tuple[Interval, ...]) -> Self:
         """With the rates of a phase that has its own."""

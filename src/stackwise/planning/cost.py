@@ -21,14 +21,13 @@ from stackwise.config.growth import PrecisionName
 from stackwise.growth.phases import Adapter, Phase
 from stackwise.growth.precision import PrecisionManager, parameters_of
 from stackwise.growth.preparation import set_trainable
+from stackwise.kinds import OBJECTIVES
 from stackwise.model.architecture import Rack, Stack, rack_spec_from_config, stack_spec_from_config
 from stackwise.model.block import Block
 from stackwise.model.linear import LowRank, linears
 from stackwise.model.reading import Reading
 from stackwise.model.spec import BlockSpec
-from stackwise.objectives.classification import ClassificationObjective
-from stackwise.objectives.depth import levels_of
-from stackwise.objectives.diffusion import DiffusionObjective
+from stackwise.objectives.base import CrossEntropyObjective
 from stackwise.ops.attention import planned_for
 from stackwise.ops.boundary import BoundaryLayout, boundary_format
 from stackwise.ops.precision import autocast, resolve_device
@@ -242,19 +241,8 @@ class PhaseCoster:
 
     def _loss_of(self, phase: Phase) -> Callable[[Rack, Tensor], Tensor] | None:
         """The loss of a micro-batch, where it is not that of all Stacks in a row over the tokens."""
-        training = self.config.training
-        variant, block = training.depth_variant, training.diffusion.block_length
-        told = training.progressive.time_interpretation == "input"
-        if phase.objective == "classification":
-            return partial(_dry_loss, ClassificationObjective(training.classification, "mean"))
-        if phase.objective != "diffusion" or (variant is None and block is None and not told):
-            return None
-        levels = (1.0, 0.0) if variant is None else levels_of(self.config)
-        objective = DiffusionObjective(
-            training.diffusion, seed=0, mask_id=0, special_ids=frozenset(), vocab_size=self._spec.vocab_size,
-            variant=variant, levels=levels, conditioned=training.diffusion.condition if told else None,
-        ).during(phase.noise)  # fmt: skip
-        return partial(_dry_loss, objective)
+        objective = OBJECTIVES[phase.objective].load().planned(self.config, self._spec.vocab_size)
+        return None if objective is None else partial(_dry_loss, objective.during(phase.noise))
 
     def _run_step(
         self,
@@ -332,7 +320,7 @@ class PhaseCoster:
         return self._facts[key]
 
 
-def _dry_loss(objective: DiffusionObjective | ClassificationObjective, rack: Rack, inputs: Tensor) -> Tensor:
+def _dry_loss(objective: CrossEntropyObjective, rack: Rack, inputs: Tensor) -> Tensor:
     """The loss of an example of the right shapes: rows shared among the Stacks as a step shares them on average."""
     return objective.loss(rack, objective.typical(inputs), 1.0)
 

@@ -10,6 +10,7 @@ from stackwise.config.base import StackWiseConfig
 from stackwise.generation.filling import fill_texts, template_ids
 from stackwise.generation.sampling import row_seeds
 from stackwise.generation.text import stream_text
+from stackwise.kinds import OBJECTIVES
 from stackwise.model.lexical import resolve_family
 from stackwise.planning.plan import Plan, plan_run
 from stackwise.runs.initial import initial_stacks
@@ -71,7 +72,7 @@ def generate(run: LoadedRun | str | Path, prompt: str = "", tokens: int = 200, *
     loaded = run if isinstance(run, LoadedRun) else load(run)
     rack, tokenizer, config, (seed,) = loaded.rack, loaded.tokenizer, loaded.config, row_seeds(seed, 1)
     options = {"temperature": 0.8, **options}
-    if config.training.objective != "diffusion":
+    if OBJECTIVES[config.training.objective].sampler != "filling":
         return prompt + "".join(stream_text(rack, tokenizer, config, prompt, tokens, seed=seed, **options))
     template, mask_id = options.pop("template", None), tokenizer.mask_id
     assert mask_id is not None, "a tokenizer of a diffusion run has a mask token"

@@ -17,6 +17,7 @@ from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError
 from stackwise.files import new_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
+from stackwise.kinds import OBJECTIVES, text_objectives
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
 from stackwise.model.lexical import resolve_family
 from stackwise.objectives import Objective, create_objectives
@@ -125,11 +126,11 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains ``config`` into the new run directory ``out``; returns its summary."""
     resolve_device(config.training.device)  # before anything is written
-    labelled = [name for name in config.training.objectives if name in ("custom", "classification")]
+    labelled = [name for name in config.training.objectives if name not in text_objectives()]
     if labelled:
         raise UserError(
             f"training.progressive.training_objective: {labelled[0]!r} takes its targets from a data loader, in Python "
-            "(ProgressiveTrainer, ArchitectureTrainer); allowed here: clm, mlm, diffusion"
+            f"(ProgressiveTrainer, ArchitectureTrainer); allowed here: {', '.join(text_objectives())}"
         )
     config = resolve_family(config)
     with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml(), signature(config)) as run:
@@ -248,7 +249,7 @@ def _train(
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
         if data.mask_added:
-            masks = next(name for name in training.objectives if name != "clm")
+            masks = next(name for name in training.objectives if OBJECTIVES[name].needs_mask)
             reporter.note(
                 f"the tokenizer had no mask token, which {masks} needs: one is added, with the id "
                 f"{data.tokenizer.mask_id}, and a row to the embedding"
