@@ -49,7 +49,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 class Explicit(CoreAttention):
     """The same layer with the matrix of scores written out."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, decoding: bool) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seen: Tensor | None, *, decoding: bool
+    ) -> Tensor:
         k, v = (x.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for x in (k, v))
         if self.kernel_meaning == "weight" and self.kernel_type == "gaussian":
             scores = q @ k.mT - k.square().sum(-1)[:, :, None] / 2

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from stackwise.config.attention import AttentionMode, AttentionSpec
 from stackwise.growth.preparation import zero_residual_outputs
 from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.block import Blocks
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.initialisation import init_weights
 from stackwise.model.layers import MLGKALayer, never_trained
-from stackwise.model.spec import AttentionMode
 
 PAD, UNKNOWN = 0, 1
 AVERAGE_DECAY = 0.995
@@ -130,9 +130,8 @@ def build(recipe: Recipe, attention: str, n_classes: int, seed: int) -> Sequence
             )
         else:
             mode: AttentionMode = "causal" if attention == "gpt_style" else "bidirectional"
-            spec = BlockSpec(
-                r.d_model, r.d_ff, r.n_heads, r.n_heads, mode, r.dropout, True, norm="layernorm", norm_bias=True
-            )
+            full = AttentionSpec(r.d_model, r.n_heads, r.n_heads, mode, r.dropout)
+            spec = BlockSpec(full, r.d_ff, freeze_up_proj=True, norm="layernorm", norm_bias=True)
             block = Block(spec)
             init_weights(block, n_blocks=r.n_layers, seed=seed, stream=i)
         blocks.append(block)

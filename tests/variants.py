@@ -1,7 +1,7 @@
 """The variants of a Block that the tests go through: fields of a ``BlockSpec`` and of a ``RackSpec``."""
 
 from stackwise.config import StackWiseConfig
-from stackwise.model.architecture import Rack, create_block_spec, create_rack_from_specs
+from stackwise.model.architecture import BlockSpec, Rack, create_block_spec, create_rack_from_specs
 
 C, F, H, G, V = 48, 34, 6, 2, 37
 
@@ -11,7 +11,7 @@ def of_preset(preset, **custom):
     model = {"attention_preset": preset, "d_model": C, "n_heads": H, "d_ff": F, "attention_custom": custom}
     objective = "mlm" if preset == "bert_style" else "clm"
     config = StackWiseConfig.from_dict({"model": model, "training": {"progressive": {"training_objective": objective}}})
-    return {**config.block_fields(), "attention_mode": "causal"}
+    return {**BlockSpec(**config.block_fields()).to_dict(), "attention_mode": "causal"}
 
 
 def spec(**fields):

@@ -68,7 +68,7 @@ def theirs(name):
         "hidden_size": spec.d_model,
         "intermediate_size": block.d_ff,
         "num_hidden_layers": len(spec.blocks),
-        "num_attention_heads": block.n_heads,
+        "num_attention_heads": block.attention.n_heads,
         "tie_word_embeddings": spec.tie_embeddings,
     }
     with torch.device("meta"):
@@ -77,19 +77,19 @@ def theirs(name):
         if name.startswith("modernbert"):
             return ModernBertForMaskedLM(ModernBertConfig(**shared))
         if name.startswith("gpt2"):
-            sizes = {"n_embd": spec.d_model, "n_layer": len(spec.blocks), "n_head": block.n_heads}
+            sizes = {"n_embd": spec.d_model, "n_layer": len(spec.blocks), "n_head": block.attention.n_heads}
             return GPT2LMHeadModel(GPT2Config(vocab_size=spec.vocab_size, **sizes))
         if name.startswith("llama"):
-            return LlamaForCausalLM(LlamaConfig(**shared, num_key_value_heads=block.n_kv_heads))
+            return LlamaForCausalLM(LlamaConfig(**shared, num_key_value_heads=block.attention.n_kv_heads))
         return DeepseekV3ForCausalLM(
             DeepseekV3Config(
                 **shared,
-                num_key_value_heads=block.n_kv_heads,
-                q_lora_rank=block.r_q,
-                kv_lora_rank=block.r_kv,
-                qk_nope_head_dim=spec.d_model // block.n_heads,
-                qk_rope_head_dim=block.rope_dim,
-                v_head_dim=block.v_head_dim,
+                num_key_value_heads=block.attention.n_kv_heads,
+                q_lora_rank=block.attention.r_q,
+                kv_lora_rank=block.attention.r_kv,
+                qk_nope_head_dim=spec.d_model // block.attention.n_heads,
+                qk_rope_head_dim=block.attention.rope_dim,
+                v_head_dim=block.attention.v_head_dim,
                 first_k_dense_replace=len(spec.blocks),
             )
         )

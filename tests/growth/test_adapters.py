@@ -54,7 +54,7 @@ def test_every_linear_of_attention_and_feed_forward_is_adapted(name):
             if isinstance(module, torch.nn.Linear):
                 assert list(module.low_rank()) == ["stack"], layer
                 count += 1
-    gated, spec = model.blocks()[0].spec.ffn in ("swiglu", "geglu"), model.blocks()[0].spec
+    gated, spec = model.blocks()[0].spec.ffn in ("swiglu", "geglu"), model.blocks()[0].spec.attention
     latent = {None: 4, "separate": 7, "shared": 5 if spec.r_q is not None else 4}
     attention = latent[None if spec.r_kv is None else spec.latents]
     assert count == len(model.blocks()) * (attention + (3 if gated else 2))

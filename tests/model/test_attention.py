@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stackwise.config import StackWiseConfig
-from stackwise.model.attention import CoreAttention
+from stackwise.model.attention import AttentionBuilder, CoreAttention
 from stackwise.ops.attention import attend
 
 B, T, H, G, D = 3, 13, 6, 2, 10
@@ -57,7 +57,7 @@ def test_grouped_attention_with_padding_equals_explicit_repetition(causal, side)
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_no_future_token_changes_a_past_output(n_kv_heads, use_rope, masked):
-    layer = CoreAttention(C, H, n_kv_heads, attention_mode="causal", use_rope=use_rope)
+    layer = AttentionBuilder(C, H, attention_mode="causal", use_rope=use_rope).with_gqa(n_kv_heads).build()
     x = torch.randn(B, T, C)
     mask = padding("right") if masked else None
     changed = x.clone()
@@ -68,7 +68,7 @@ def test_no_future_token_changes_a_past_output(n_kv_heads, use_rope, masked):
 
 
 def test_bidirectional_attention_sees_the_future_but_no_padding():
-    layer = CoreAttention(C, H, G, attention_mode="bidirectional")
+    layer = AttentionBuilder(C, H).with_gqa(G).build()
     x, mask = torch.randn(B, T, C), padding("right")
     changed = torch.where(mask[..., None], x, x + 1.0)
     torch.testing.assert_close(layer(x, mask)[mask], layer(changed, mask)[mask], atol=0, rtol=0)
@@ -78,7 +78,7 @@ def test_bidirectional_attention_sees_the_future_but_no_padding():
 
 
 def test_a_row_of_padding_only_stays_finite():
-    layer = CoreAttention(C, H, G, attention_mode="causal")
+    layer = AttentionBuilder(C, H, attention_mode="causal").with_gqa(G).build()
     mask = padding("left")
     mask[1] = False
     x = torch.randn(B, T, C, requires_grad=True)
@@ -100,4 +100,4 @@ def test_from_config_builds_what_the_config_says():
 @pytest.mark.parametrize("heads", [(7, 7), (6, 4)])
 def test_heads_that_do_not_divide_are_refused(heads):
     with pytest.raises(ValueError, match="must divide"):
-        CoreAttention(C, *heads)
+        AttentionBuilder(C, heads[0]).with_gqa(heads[1]).build()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stackwise.config.attention import AttentionSpec
 from stackwise.model.architecture import Block, BlockSpec
 from stackwise.model.classifier import SequenceClassifier
 from stackwise.model.layers import MLGKALayer, never_trained
@@ -20,7 +21,7 @@ def classifier(kind: str = "mlgka", *, max_positions: int | None = 19, seed: int
             blocks.append(MLGKALayer(C, 22, 6, 2, 7, 5, kernel_dim=26, seed=i, n_blocks=2))
         else:
             torch.manual_seed(i)
-            blocks.append(Block(BlockSpec(C, 22, 6, 6, kind)))  # type: ignore[arg-type]
+            blocks.append(Block(BlockSpec(AttentionSpec(C, 6, 6, kind), 22)))  # type: ignore[arg-type]
     return SequenceClassifier(V, C, blocks, K, max_positions=max_positions, seed=seed).double().eval()
 
 

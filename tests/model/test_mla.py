@@ -5,7 +5,7 @@ import torch
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from stackwise.model.attention import CoreAttention
+from stackwise.model.attention import AttentionBuilder
 
 B, T, C, H, D, R, DV, RQ, RKV = 2, 11, 36, 3, 10, 6, 14, 22, 26
 
@@ -38,10 +38,8 @@ def test_latent_attention_equals_deepseek_v3(r_q, causal):
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.2 + (parameter.dim() == 1))
-    ours = CoreAttention(
-        C, H, r_q=r_q, r_kv=RKV, head_dim=D, rope_dim=R, v_head_dim=DV,
-        attention_mode="causal" if causal else "bidirectional",
-    )  # fmt: skip
+    mode = "causal" if causal else "bidirectional"
+    ours = AttentionBuilder(C, H, head_dim=D, attention_mode=mode).with_mla(r_q, RKV, rope_dim=R, v_head_dim=DV).build()
     with torch.no_grad():
         query = theirs.q_proj.weight if r_q is None else theirs.q_b_proj.weight
         query = query.view(H, D + R, -1)
@@ -71,7 +69,7 @@ def test_latent_attention_equals_deepseek_v3(r_q, causal):
 
 
 def test_the_cache_holds_the_latent_and_one_rotary_key():
-    layer = CoreAttention(C, H, r_q=RQ, r_kv=RKV, rope_dim=R, attention_mode="causal")
+    layer = AttentionBuilder(C, H, attention_mode="causal").with_mla(RQ, RKV, rope_dim=R).build()
     from stackwise.model.cache import LayerCache
 
     cache = LayerCache(T)

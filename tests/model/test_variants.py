@@ -118,7 +118,7 @@ def test_a_trained_model_switches_between_the_modes(name):
     rack = noisy(rack_of(name))
     causal = rack(IDS)
     rack.set_attention_mode("bidirectional")
-    assert {block.attention_mode for block in rack.spec.blocks} == {"bidirectional"}
+    assert {block.attention.attention_mode for block in rack.spec.blocks} == {"bidirectional"}
     both = rack(IDS)
     assert not torch.isclose(causal[:, 0], both[:, 0]).all()
     rack.set_attention_mode("causal")

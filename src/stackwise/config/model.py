@@ -6,13 +6,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from stackwise.config.attention import (
+    AttentionCustomConfig,
+    AttentionMode,
+    AttentionPreset,
+    AttentionSpec,
+    KernelType,
+    Latents,
+)
 from stackwise.config.section import MAX_BLOCKS, Blocks, PositiveInt, Section, Size, Stacks, as_tuple, conflict
-
-AttentionPreset = Literal[
-    "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
-]
-DEFAULT_KERNEL_DIM = 64
-"""Random features where ``kernel_dim`` is null."""
 
 
 class ArchitectureConfig(Section):
@@ -50,54 +52,6 @@ class ArchitectureConfig(Section):
         if stack_id > len(self.blocks_per_stack):
             self.blocks_of(stack_id - 1)  # raises
         return sum(self.blocks_per_stack[:stack_id])
-
-
-class AttentionCustomConfig(Section):
-    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
-
-    attention_type: Literal["mha", "mla"] = Field(
-        "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
-    )
-    attention_mode: Literal["causal", "bidirectional"] | None = Field(
-        None, description="preset custom: direction of attention; null: the objective's"
-    )
-    mla_rq: Size | None = Field(
-        None,
-        description="Rank of latent queries; null: d_model / 4, or full queries for preset custom with shared latents",
-    )
-    mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
-    mla_latents: Literal["shared", "separate"] | None = Field(
-        None,
-        description="shared: one latent for keys and values, plus a rotary key (DeepSeek-V3); separate: a low-rank "
-        "factor for each of q, k and v; null: separate for mlgka, else shared",
-    )
-    mla_rope_dim: Size | None = Field(
-        None, description="Rotary dimensions of each head with shared latents; null: half the head size"
-    )
-    mla_v_head_dim: Size | None = Field(
-        None, description="Size of each value head with shared latents; null: the head size"
-    )
-    kernel_type: Literal["linear", "gaussian", "laplacian", "uniform"] | None = Field(
-        None,
-        description="Kernel between queries and keys; null: gaussian for kernel_attention, laplacian for mlgka, linear "
-        "for custom",
-    )
-    kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
-        None, description="kernel_meaning logit: number of random features, even; null: 64"
-    )
-    kernel_meaning: Literal["logit", "weight"] = Field(
-        "logit",
-        description="logit: softmax over the kernel's values; weight: those values themselves, normalised (exact)",
-    )
-    kernel_norm: Literal["l2", "l1"] = Field(
-        "l2",
-        description="Distance in the laplacian kernel; with rotary positions, l1 depends on more than relative "
-        "positions",
-    )
-    kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Bandwidth s of the kernel; null: derived from the head size"
-    )
-    learned_temperature: bool = Field(False, description="kernel_meaning logit: learn a temperature for each head")
 
 
 class TokenizerEmbeddingConfig(Section):
@@ -264,7 +218,7 @@ class ModelConfig(Section):
         return -(-8 * self.d_model // 96) * 32 if self.ffn in ("swiglu", "geglu") else -(-self.d_model // 8) * 32
 
     @property
-    def latents(self) -> Literal["shared", "separate"] | None:
+    def latents(self) -> Latents | None:
         """How keys and values are latent, or ``None`` where they are not."""
         custom = self.attention_custom
         match self.attention_preset:
@@ -297,7 +251,7 @@ class ModelConfig(Section):
         return r_q, custom.mla_rkv if custom.mla_rkv is not None else quarter
 
     @property
-    def kernel_type(self) -> Literal["linear", "gaussian", "laplacian", "uniform"]:
+    def kernel_type(self) -> KernelType:
         match self.attention_preset:
             case "kernel_attention":
                 return self.attention_custom.kernel_type or "gaussian"
@@ -306,6 +260,35 @@ class ModelConfig(Section):
             case "custom":
                 return self.attention_custom.kernel_type or "linear"
         return "linear"
+
+    def attention(self, mode: AttentionMode, local: bool = True) -> AttentionSpec:
+        """Attention in a direction; ``local``: within ``window``, where there is one."""
+        custom, (r_q, r_kv), local = self.attention_custom, self.latent_ranks, local and self.window is not None
+        return AttentionSpec(
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.kv_heads,
+            attention_mode=mode,
+            dropout=self.dropout,
+            use_rope=self.use_rope,
+            rope_theta=self.local_rope_theta or self.rope_theta if local else self.rope_theta,
+            head_dim=self.head_dim,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            window=self.window if local else None,
+            r_q=r_q,
+            r_kv=r_kv,
+            latents=self.latents or "shared",
+            rope_dim=custom.mla_rope_dim,
+            v_head_dim=custom.mla_v_head_dim,
+            kernel_type=self.kernel_type,
+            kernel_dim=custom.kernel_dim or AttentionSpec.kernel_dim,
+            kernel_meaning=custom.kernel_meaning,
+            kernel_norm=custom.kernel_norm,
+            kernel_bandwidth=custom.kernel_bandwidth,
+            learned_temperature=custom.learned_temperature,
+        )
 
     @property
     def has_head(self) -> bool:

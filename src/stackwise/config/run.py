@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from stackwise.config.attention import AttentionMode
 from stackwise.config.data import DataConfig
 from stackwise.config.growth import CacheConfig, PhaseConfig, ProgressiveConfig, QLoRAConfig
-from stackwise.config.model import DEFAULT_KERNEL_DIM, ModelConfig
+from stackwise.config.model import ModelConfig
 from stackwise.config.objectives import ClassificationConfig, DiffusionConfig, MaskingConfig, ObjectiveName
 from stackwise.config.optimization import OptimizerConfig, ScheduleConfig
 from stackwise.config.section import PositiveInt, Section, Size, as_tuple, conflict
@@ -197,11 +198,11 @@ class Settings(Section):
         return self.training.progressive.target_stacks or self.model.architecture.n_stacks
 
     @property
-    def attention_mode(self) -> Literal["causal", "bidirectional"]:
+    def attention_mode(self) -> AttentionMode:
         """The direction of attention of the trained Rack."""
         return self.mode_of(self.training.objective)
 
-    def mode_of(self, objective: ObjectiveName) -> Literal["causal", "bidirectional"]:
+    def mode_of(self, objective: ObjectiveName) -> AttentionMode:
         """The direction of attention: the preset's, or that of ``objective`` where the preset leaves it open."""
         needed = OBJECTIVES[objective].attention
         match self.model.attention_preset:
@@ -223,41 +224,17 @@ class Settings(Section):
 
     def block_fields(self, stack_id: int = 0, index: int = 0) -> dict[str, Any]:
         """The Block ``index`` of the Stack ``stack_id``, as the fields of a ``BlockSpec``."""
-        model, custom = self.model, self.model.attention_custom
-        r_q, r_kv = model.latent_ranks
+        model = self.model
         number = model.architecture.blocks_before(stack_id) + index if stack_id or index else 0
-        is_global = model.window is None or (model.global_every is not None and number % model.global_every == 0)
-        kernel = model.kernel_type
+        local = model.global_every is None or number % model.global_every != 0
         return {
-            "d_model": model.d_model,
+            "attention": model.attention(self.attention_mode, local),
             "d_ff": model.ff_width,
-            "n_heads": model.n_heads,
-            "n_kv_heads": model.kv_heads,
-            "attention_mode": self.attention_mode,
-            "dropout": model.dropout,
             "freeze_up_proj": model.freeze_up_proj,
-            "use_rope": model.use_rope,
-            "rope_theta": model.rope_theta if is_global else model.local_rope_theta or model.rope_theta,
-            "norm_eps": model.norm_eps,
-            "head_dim": model.head_dim,
             "norm": model.norm,
             "norm_bias": model.norm_has_bias,
             "attention_norm": number > 0 or model.first_attention_norm,
             "ffn": model.ffn,
-            "bias": model.bias,
-            "qk_norm": model.qk_norm,
-            "window": None if is_global else model.window,
-            "r_q": r_q,
-            "r_kv": r_kv,
-            "latents": model.latents or "shared",
-            "rope_dim": custom.mla_rope_dim,
-            "v_head_dim": custom.mla_v_head_dim,
-            "kernel_type": kernel,
-            "kernel_dim": custom.kernel_dim or DEFAULT_KERNEL_DIM,
-            "kernel_meaning": custom.kernel_meaning,
-            "kernel_norm": custom.kernel_norm,
-            "kernel_bandwidth": custom.kernel_bandwidth,
-            "learned_temperature": custom.learned_temperature,
             "time_dim": self.time_fields.get("time_dim"),
         }
 

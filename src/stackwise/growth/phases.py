@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stackwise.config.attention import AttentionMode
 from stackwise.config.growth import PrecisionName
 from stackwise.config.objectives import ObjectiveName
 from stackwise.objectives.depth import Interval
@@ -99,7 +100,7 @@ class Phase:
     enters: int = 0
     examples: tuple[int, int] | None = None
     noise: tuple[Interval, ...] = ()
-    attention: Literal["causal", "bidirectional"] | None = None
+    attention: AttentionMode | None = None
 
     def precision_of(self, stack: int) -> PrecisionName:
         return dict(self.precision).get(stack, "full")

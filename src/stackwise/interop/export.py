@@ -126,7 +126,7 @@ class _Form:
 
 def _form_of(spec: RackSpec, own: Mapping[str, Tensor], max_tokens: int) -> _Form:
     """The form of a Rack whose tensors are ``own``."""
-    causal = {block.attention_mode for block in spec.blocks} == {"causal"}
+    causal = {block.attention.attention_mode for block in spec.blocks} == {"causal"}
     family = choose_family(spec, max_tokens)
     if family is not None:
         settings = {"architectures": [family.architecture], "model_type": family.model_type}

@@ -141,22 +141,23 @@ def canonical(spec: RackSpec) -> RackSpec:
     """The spec of the function that a Rack computes: without what only training reads, and with every null resolved."""
     blocks = []
     for block in spec.blocks:
-        head = block.head_dim or block.d_model // block.n_heads
-        shared = block.r_kv is not None and block.latents == "shared"
-        changes: dict[str, Any] = {"dropout": 0.0, "freeze_up_proj": False, "head_dim": head}
-        changes["v_head_dim"] = (block.v_head_dim or head) if shared else None
-        changes["rope_dim"] = (block.rope_dim or head // 4 * 2) if shared and block.use_rope else None
-        if not block.use_rope:
+        attention = block.attention
+        shared = attention.projections == "shared"
+        changes: dict[str, Any] = {"dropout": 0.0, "head_dim": attention.head_size}
+        changes["v_head_dim"] = (attention.v_head_dim or attention.head_size) if shared else None
+        rotary = shared and attention.use_rope
+        changes["rope_dim"] = (attention.rope_dim or attention.head_size // 4 * 2) if rotary else None
+        if not attention.use_rope:
             changes["rope_theta"] = 0.0
-        if block.r_kv is None:
+        if attention.r_kv is None:
             changes["latents"] = "shared"
-        if block.kernel_type == "linear":
+        if attention.kernel_type == "linear":
             changes |= {"kernel_dim": 0, "kernel_meaning": "logit", "kernel_norm": "l2", "kernel_bandwidth": None}
-        if block.norm == "rmsnorm":
-            changes["norm_bias"] = False
-        if block.window is not None and block.attention_mode == "bidirectional":
-            changes["window"] = block.window // 2 * 2
-        blocks.append(replace(block, **changes))
+        if attention.window is not None and attention.attention_mode == "bidirectional":
+            changes["window"] = attention.window // 2 * 2
+        norm_bias = block.norm_bias and block.norm != "rmsnorm"
+        attention = replace(attention, **changes)
+        blocks.append(replace(block, attention=attention, freeze_up_proj=False, norm_bias=norm_bias))
     own: dict[str, Any] = {"dropout": 0.0, "freeze_embeddings": False}
     own |= {"embedding_dim": None, "adapter_hidden_dim": None}  # an adapted table is a table
     if not spec.mlm_head:

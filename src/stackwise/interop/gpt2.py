@@ -33,7 +33,7 @@ class GPT2(Family):
             "n_positions": spec.learned_positions,
             "n_embd": spec.d_model,
             "n_layer": len(spec.blocks),
-            "n_head": block.n_heads,
+            "n_head": block.attention.n_heads,
             "n_inner": block.d_ff,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": spec.norm_eps,

@@ -36,9 +36,9 @@ class Llama(Family):
             "hidden_size": spec.d_model,
             "intermediate_size": block.d_ff,
             "num_hidden_layers": len(spec.blocks),
-            "num_attention_heads": block.n_heads,
-            "num_key_value_heads": block.n_kv_heads,
-            "head_dim": block.head_dim or spec.d_model // block.n_heads,
+            "num_attention_heads": block.attention.n_heads,
+            "num_key_value_heads": block.attention.n_kv_heads,
+            "head_dim": block.attention.head_size,
             "hidden_act": "silu",
             "max_position_embeddings": max_tokens,
             "rms_norm_eps": spec.norm_eps,
@@ -46,7 +46,7 @@ class Llama(Family):
             "attention_bias": False,
             "mlp_bias": False,
             "attention_dropout": 0.0,
-            **rope_settings(block.rope_theta),
+            **rope_settings(block.attention.rope_theta),
         }
 
     def model(self, settings: Settings) -> dict[str, Any]:
@@ -120,11 +120,11 @@ class DeepseekV3(Llama):
         head = settings.pop("head_dim")
         return {
             **settings,
-            "q_lora_rank": block.r_q,
-            "kv_lora_rank": block.r_kv,
+            "q_lora_rank": block.attention.r_q,
+            "kv_lora_rank": block.attention.r_kv,
             "qk_nope_head_dim": head,
-            "qk_rope_head_dim": block.rope_dim or head // 4 * 2,
-            "v_head_dim": block.v_head_dim or head,
+            "qk_rope_head_dim": block.attention.rope_dim or head // 4 * 2,
+            "v_head_dim": block.attention.v_head_dim or head,
             "rope_interleave": True,
             "first_k_dense_replace": len(spec.blocks),
             "num_mtp_layers": 0,
@@ -164,17 +164,17 @@ class DeepseekV3(Llama):
         }
 
     def attention(self, theirs: str, ours: str, block: BlockSpec) -> Iterator[Entry]:
-        head = block.head_dim or block.d_model // block.n_heads
-        rope = block.rope_dim or head // 4 * 2
+        head = block.attention.head_size
+        rope = block.attention.rope_dim or head // 4 * 2
         own, rotary = f"{ours}attention.", (head + rope, rope)
-        if block.r_q is None:
+        if block.attention.r_q is None:
             yield Entry(f"{theirs}self_attn.q_proj.weight", (f"{own}q_proj.weight",), rotary=rotary)
         else:
             yield Entry(f"{theirs}self_attn.q_a_proj.weight", (f"{own}q_a_proj.weight",))
             yield Entry(f"{theirs}self_attn.q_a_layernorm.weight", (f"{own}q_a_norm.weight",))
             yield Entry(f"{theirs}self_attn.q_b_proj.weight", (f"{own}q_b_proj.weight",), rotary=rotary)
-        assert block.r_kv is not None
-        down = (block.r_kv + rope, rope)
+        assert block.attention.r_kv is not None
+        down = (block.attention.r_kv + rope, rope)
         yield Entry(f"{theirs}self_attn.kv_a_proj_with_mqa.weight", (f"{own}kv_a_proj.weight",), rotary=down)
         yield Entry(f"{theirs}self_attn.kv_a_layernorm.weight", (f"{own}kv_a_norm.weight",))
         yield Entry(f"{theirs}self_attn.kv_b_proj.weight", (f"{own}kv_b_proj.weight",))

@@ -27,9 +27,9 @@ class ModernBert(Family):
     max_tokens_key = ("max_position_embeddings", 8192)
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
-        blocks = spec.blocks
-        local = [block for block in blocks if block.window is not None]
-        full = [block for block in blocks if block.window is None]
+        blocks, layers = spec.blocks, [block.attention for block in spec.blocks]
+        local = [attention for attention in layers if attention.window is not None]
+        full = [attention for attention in layers if attention.window is None]
         thetas = {
             "full_attention": (full or local)[0].rope_theta,
             "sliding_attention": (local or full)[0].rope_theta,
@@ -39,19 +39,19 @@ class ModernBert(Family):
             "hidden_size": spec.d_model,
             "intermediate_size": blocks[0].d_ff,
             "num_hidden_layers": len(blocks),
-            "num_attention_heads": blocks[0].n_heads,
+            "num_attention_heads": layers[0].n_heads,
             "hidden_activation": "gelu",
             "classifier_activation": "gelu",
             "max_position_embeddings": max_tokens,
             "norm_eps": spec.norm_eps,
             "norm_bias": spec.norm_bias,
-            "attention_bias": blocks[0].bias,
-            "mlp_bias": blocks[0].bias,
+            "attention_bias": layers[0].bias,
+            "mlp_bias": layers[0].bias,
             "classifier_bias": spec.bias,
             "decoder_bias": True,
-            "layer_types": ["full_attention" if block.window is None else "sliding_attention" for block in blocks],
+            "layer_types": ["full_attention" if layer.window is None else "sliding_attention" for layer in layers],
             "local_attention": local[0].window // 2 * 2 if local and local[0].window else 128,
-            "global_attn_every_n_layers": _every([block.window is None for block in blocks]) or 3,
+            "global_attn_every_n_layers": _every([layer.window is None for layer in layers]) or 3,
             "rope_parameters": {kind: {"rope_type": "default", "rope_theta": t} for kind, t in thetas.items()},
             "global_rope_theta": thetas["full_attention"],
             "local_rope_theta": thetas["sliding_attention"],
@@ -116,7 +116,7 @@ class ModernBert(Family):
 
     def fits(self, spec: RackSpec, max_tokens: int) -> bool:
         # Versions before 5 know global_attn_every_n_layers alone, where the first layer sees all tokens.
-        return super().fits(spec, max_tokens) and spec.blocks[0].window is None
+        return super().fits(spec, max_tokens) and spec.blocks[0].attention.window is None
 
     def layer_types(self, settings: Settings) -> list[str]:
         """``full_attention`` or ``sliding_attention``, of each layer."""

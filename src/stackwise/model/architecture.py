@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
+from stackwise.config.attention import AttentionMode, AttentionPreset
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.model import AttentionPreset
 from stackwise.model.block import Block, Blocks
 from stackwise.model.initialisation import init_weights
 from stackwise.model.lexical import LexicalKernelManager, resolve_family
 from stackwise.model.rack import Rack
-from stackwise.model.spec import AttentionMode, BlockSpec, RackSpec
+from stackwise.model.spec import BlockSpec, RackSpec
 from stackwise.model.stack import Stack, Stacks
 
 __all__ = [
@@ -55,8 +55,8 @@ def create_block_spec(
     Args:
         attention_mode: ``causal`` or ``bidirectional``; default: the preset's, and ``causal`` where it leaves it open.
         attention_preset, attention_custom: as in the section ``model`` of a config.
-        variant: the other fields of ``BlockSpec`` (norm, ffn, bias, window, latents, kernels), which win over the
-            preset's.
+        variant: the other fields of ``BlockSpec`` and of its attention (norm, ffn, bias, window, latents, kernels),
+            which win over the preset's.
 
     Raises:
         ConfigError: settings that do not go together.
@@ -71,10 +71,11 @@ def create_block_spec(
         attention = {"attention_preset": attention_preset, "attention_custom": dict(attention_custom or {})}
         # The objective custom goes with either direction, and is causal where the preset leaves it open.
         training = {"progressive": {"training_objective": "custom"}}
-        numbers = StackWiseConfig.from_dict({"model": {**numbers, **attention}, "training": training}).block_fields()
+        config = StackWiseConfig.from_dict({"model": {**numbers, **attention}, "training": training})
+        numbers = BlockSpec(**config.block_fields()).to_dict()
     if attention_mode is not None:
         numbers["attention_mode"] = attention_mode
-    return asdict(BlockSpec(**{**numbers, **variant}))
+    return BlockSpec.from_dict({**numbers, **variant}).to_dict()
 
 
 def _create_stack(stack_id: int, specs: Sequence[BlockSpec], rack_blocks: int, seed: int) -> Stack:
@@ -92,7 +93,7 @@ def create_stack_from_spec(
     seed: int = 0,
 ) -> Stack:
     """``n_blocks`` equal Blocks, initialised for a Rack of ``rack_blocks`` Blocks (default: this Stack alone)."""
-    spec = block_spec if isinstance(block_spec, BlockSpec) else BlockSpec(**block_spec)
+    spec = block_spec if isinstance(block_spec, BlockSpec) else BlockSpec.from_dict(block_spec)
     return _create_stack(stack_id, [spec] * n_blocks, rack_blocks or n_blocks, seed)
 
 
@@ -138,7 +139,7 @@ def create_rack_from_specs(
 
     ``settings`` are the other fields of ``RackSpec``: tie_embeddings, dropout, norm …
     """
-    stacks = tuple((BlockSpec(**s["block_spec"]),) * s["n_blocks"] for s in stack_specs)
+    stacks = tuple((BlockSpec.from_dict(s["block_spec"]),) * s["n_blocks"] for s in stack_specs)
     stack_ids = tuple(s["stack_id"] for s in stack_specs)
     return create_rack_from_spec(RackSpec(vocab_size, d_model, stacks, stack_ids, **settings), seed=seed)
 

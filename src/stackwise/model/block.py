@@ -53,18 +53,19 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self._spec = spec
-        norm = (spec.norm, spec.d_model, spec.norm_eps, spec.norm_bias)
+        attention = spec.attention
+        norm = (spec.norm, attention.d_model, attention.norm_eps, spec.norm_bias)
         self.attention_norm = create_norm(*norm) if spec.attention_norm else nn.Identity()
-        self.attention = CoreAttention.from_spec(spec)
+        self.attention = CoreAttention(attention)
         self.ffn_norm = create_norm(*norm)
-        self.ffn = create_feed_forward(spec.ffn, spec.d_model, spec.d_ff, spec.freeze_up_proj, spec.bias)
-        self.dropout = spec.dropout
-        self.modulation = None if spec.time_dim is None else nn.Linear(spec.time_dim, 6 * spec.d_model)
+        self.ffn = create_feed_forward(spec.ffn, attention.d_model, spec.d_ff, spec.freeze_up_proj, attention.bias)
+        self.dropout = attention.dropout
+        self.modulation = None if spec.time_dim is None else nn.Linear(spec.time_dim, 6 * attention.d_model)
 
     @property
     def spec(self) -> BlockSpec:
         """What the Block is, in numbers."""
-        return replace(self._spec, attention_mode=self.attention.attention_mode)
+        return replace(self._spec, attention=self.attention.spec)
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """(B, T, C) → (B, T, C).

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from stackwise.config.attention import AttentionMode, AttentionSpec, KernelType
 from stackwise.model.block import Block
 from stackwise.model.embedding import TokenEmbedding
 from stackwise.model.feed_forward import GeGLUFFN, PlainFFN, SwiGLUFFN
 from stackwise.model.initialisation import init_weights
 from stackwise.model.lexical import LexicalKernelManager
-from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
+from stackwise.model.spec import BlockSpec
 
 __all__ = [
     "GeGLUFFN",
@@ -29,9 +30,9 @@ class MLGKALayer(Block):
     the logit is a kernel of query and key, approximated by random features.
 
     Args:
-        d_model, d_ff, n_heads, n_kv_heads: as in ``BlockSpec``.
+        d_model, n_heads, n_kv_heads, kernel_type, kernel_dim: as in ``AttentionSpec``.
+        d_ff: width of the feed-forward.
         r_q, r_kv: ranks of the factors.
-        kernel_type, kernel_dim: as in ``CoreAttention``.
         dropout: of attention weights and after both residual branches, while training.
         attention_mode: ``bidirectional`` or ``causal``.
         freeze_up_proj: the feed-forward's up-projection keeps its initial values.
@@ -60,21 +61,23 @@ class MLGKALayer(Block):
     ) -> None:
         super().__init__(
             BlockSpec(
-                d_model,
+                AttentionSpec(
+                    d_model,
+                    n_heads,
+                    n_kv_heads,
+                    attention_mode,
+                    dropout,
+                    use_rope,
+                    latents="separate",
+                    r_q=r_q,
+                    r_kv=r_kv,
+                    kernel_type=kernel_type,
+                    kernel_dim=kernel_dim,
+                ),
                 d_ff,
-                n_heads,
-                n_kv_heads,
-                attention_mode,
-                dropout,
                 freeze_up_proj,
-                use_rope,
                 norm="layernorm",
                 norm_bias=True,
-                latents="separate",
-                r_q=r_q,
-                r_kv=r_kv,
-                kernel_type=kernel_type,
-                kernel_dim=kernel_dim,
             )
         )
         init_weights(self, n_blocks=n_blocks, seed=seed, stream=0)

@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.attention import AttentionMode
 from stackwise.model.block import Block, Context, RopeTables
 from stackwise.model.cache import KVCache, positions_of
 from stackwise.model.embedding import Head, TimeEmbedding, TokenEmbedding
 from stackwise.model.norms import create_norm
 from stackwise.model.reading import Reading
-from stackwise.model.spec import AttentionMode, RackSpec
+from stackwise.model.spec import RackSpec
 from stackwise.model.stack import ADAPTERS, Stack, Stacks
 from stackwise.ops.attention import block_causal, noised_and_clean
 from stackwise.ops.losses import linear_cross_entropy, linear_cross_entropy_terms

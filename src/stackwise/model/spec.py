@@ -3,62 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
-AttentionMode = Literal["causal", "bidirectional"]
+from stackwise.config.attention import AttentionSpec
+
 NormKind = Literal["rmsnorm", "layernorm"]
 FeedForwardKind = Literal["swiglu", "geglu", "gelu", "gelu_tanh"]
-Latents = Literal["shared", "separate"]
-KernelType = Literal["linear", "gaussian", "laplacian", "uniform"]
-KernelMeaning = Literal["logit", "weight"]
-KernelNorm = Literal["l2", "l1"]
 TimeEmbeddingKind = Literal["sinusoidal", "learned"]
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Everything that shapes one Block. ``CoreAttention`` describes the fields that it shares with it.
+    """Everything that shapes one Block. Width, dropout, biases and the norms' epsilon are those of its attention.
 
     Attributes:
-        norm, norm_eps, norm_bias: both norms of the Block; RMSNorm has no bias.
+        attention: the attention layer.
+        d_ff: width of the feed-forward.
+        freeze_up_proj: the feed-forward's up-projections never train.
+        norm, norm_bias: both norms of the Block; RMSNorm has no bias.
         attention_norm: ``False``: attention reads the residual stream as it is (the first layer of ModernBERT, whose
             embedding is normalised already).
         ffn: swiglu and geglu are gated; gelu (exact) and gelu_tanh (GPT-2's approximation) are two matrices.
-        bias: of all linear layers.
         time_dim: width of the condition that scales and shifts what the norms return; ``None``: no condition.
     """
 
-    d_model: int
+    attention: AttentionSpec
     d_ff: int
-    n_heads: int
-    n_kv_heads: int
-    attention_mode: AttentionMode = "causal"
-    dropout: float = 0.0
     freeze_up_proj: bool = False
-    use_rope: bool = True
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    head_dim: int | None = None
     norm: NormKind = "rmsnorm"
     norm_bias: bool = False
     attention_norm: bool = True
     ffn: FeedForwardKind = "swiglu"
-    bias: bool = False
-    qk_norm: bool = False
-    window: int | None = None
-    r_q: int | None = None
-    r_kv: int | None = None
-    latents: Latents = "shared"
-    rope_dim: int | None = None
-    v_head_dim: int | None = None
-    kernel_type: KernelType = "linear"
-    kernel_dim: int = 64
-    kernel_meaning: KernelMeaning = "logit"
-    kernel_norm: KernelNorm = "l2"
-    kernel_bandwidth: float | None = None
-    learned_temperature: bool = False
     time_dim: int | None = None
+
+    @property
+    def d_model(self) -> int:
+        return self.attention.d_model
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields side by side, those of attention too; ``from_dict`` reads them back exactly."""
+        data = asdict(self)
+        return {**data.pop("attention"), **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """TypeError for a name that neither a Block nor attention has."""
+        own = {name: data[name] for name in _OWN if name in data}
+        return cls(AttentionSpec(**{name: value for name, value in data.items() if name not in _OWN}), **own)
+
+
+_OWN = frozenset(field.name for field in fields(BlockSpec)) - {"attention"}
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,11 @@ class RackSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers; ``from_dict`` reads them back exactly."""
         data = asdict(self)
-        data["stacks"] = [[asdict(block) for block in stack] for stack in self.stacks]
+        data["stacks"] = [[block.to_dict() for block in stack] for stack in self.stacks]
         data["stack_ids"] = list(self.stack_ids)
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        stacks = tuple(tuple(BlockSpec(**block) for block in stack) for stack in data["stacks"])
+        stacks = tuple(tuple(BlockSpec.from_dict(block) for block in stack) for stack in data["stacks"])
         return cls(**{**data, "stacks": stacks, "stack_ids": tuple(data["stack_ids"])})

@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
-    from stackwise.model.spec import KernelMeaning, KernelNorm, KernelType
+    from stackwise.config.attention import KernelMeaning, KernelNorm, KernelType
 
 TILE = 1 << 18
 """Distances that the laplacian computes at a time: 1 MiB in fp32."""

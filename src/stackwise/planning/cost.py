@@ -159,7 +159,7 @@ class PhaseCoster:
             blocks = stack_spec_from_config(stack, self.config)
         if phase.attention is None:
             return blocks
-        return tuple(replace(block, attention_mode=phase.attention) for block in blocks)
+        return tuple(replace(b, attention=replace(b.attention, attention_mode=phase.attention)) for b in blocks)
 
     def _away(self, phase: Phase) -> set[int]:
         offload = self.config.training.offload

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self, get_args
 
 from torch import nn
 
+from stackwise.config.attention import AttentionMode, AttentionPreset, AttentionSpec, KernelType
 from stackwise.config.base import StackWiseConfig
-from stackwise.config.model import AttentionPreset
 from stackwise.errors import allowed
 from stackwise.model.attention.core import CoreAttention
-from stackwise.model.spec import AttentionMode, BlockSpec, KernelType
 
 
 class AttentionBuilder:
     """Collects the parts of a ``CoreAttention``: ``AttentionBuilder(512, 8).with_gqa(2).with_mla(64, 64).build()``.
 
     Args:
-        d_model, n_heads: as in ``CoreAttention``.
-        settings: its other keywords.
+        d_model, n_heads: as in ``AttentionSpec``.
+        settings: its other fields. Attention is full and bidirectional unless they say otherwise.
     """
 
     def __init__(self, d_model: int, n_heads: int, **settings: Any) -> None:
-        self._settings: dict[str, Any] = {"d_model": d_model, "n_heads": n_heads, **settings}
+        self._settings: dict[str, Any] = {
+            "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_heads, "attention_mode": "bidirectional", **settings
+        }  # fmt: skip
 
     def _with(self, **settings: Any) -> Self:
         self._settings |= settings
@@ -43,14 +45,14 @@ class AttentionBuilder:
 
     def build(self) -> CoreAttention:
         """The attention. ValueError where parts do not go together."""
-        return CoreAttention(**self._settings)
+        return CoreAttention(AttentionSpec(**self._settings))
 
 
 class AttentionPresets:
     """The presets of ``model.attention_preset`` as layers: ``AttentionPresets.mlgka(512, 8)``.
 
-    Each takes (d_model, n_heads) and further fields of ``BlockSpec``, which win over the preset's own. Those that leave
-    the direction open are bidirectional unless ``attention_mode`` says otherwise.
+    Each takes (d_model, n_heads) and further fields of ``AttentionSpec``, which win over the preset's own. Those that
+    leave the direction open are bidirectional unless ``attention_mode`` says otherwise.
     """
 
     @staticmethod
@@ -104,7 +106,7 @@ def _preset(name: str, d_model: int, n_heads: int, settings: dict[str, Any]) -> 
     model = {"attention_preset": name, "d_model": d_model, "n_heads": n_heads}
     objective = "clm" if name == "gpt_style" else "mlm"
     config = StackWiseConfig.from_dict({"model": model, "training": {"progressive": {"training_objective": objective}}})
-    return CoreAttention.from_spec(BlockSpec(**{**config.block_fields(), **settings}))
+    return CoreAttention(replace(config.block_fields()["attention"], **settings))
 
 
 def set_attention_mode(model: nn.Module, mode: AttentionMode) -> None:

@@ -6,15 +6,15 @@ B batch, T tokens, S keys, C width, H query heads, G key/value heads, D head siz
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.attention import AttentionMode, AttentionSpec
+from stackwise.model.attention.projections import PROJECTIONS
 from stackwise.model.cache import LayerCache, positions_of
-from stackwise.model.linear import Linear
-from stackwise.model.norms import RMSNorm
-from stackwise.model.spec import AttentionMode, BlockSpec, KernelMeaning, KernelNorm, KernelType, Latents
 from stackwise.ops.attention import attend
 from stackwise.ops.kernels import (
     LAPLACIAN_TIP,
@@ -25,158 +25,58 @@ from stackwise.ops.kernels import (
     gaussian_weight_columns,
     laplacian_weight_attention,
 )
-from stackwise.ops.rope import apply_rope, rope_rows, rope_table
+from stackwise.ops.rope import rope_rows, rope_table
 
 if TYPE_CHECKING:
     from stackwise.config.base import StackWiseConfig
-
-LATENT_NORM_EPS = 1e-6
-"""Of the norms on latents, in DeepSeek-V3 whatever the model's other norms have."""
 
 EXACT_WEIGHT_KERNELS = ("gaussian", "laplacian")
 """Kernels that can be attention weights themselves: computed exactly and never negative."""
 
 
 class CoreAttention(nn.Module):
-    """Multi-head attention (1706.03762 §3.2) in every form that a Block can have.
+    """Multi-head attention (1706.03762 §3.2), composed of parts that an ``AttentionSpec`` names.
 
-    Projections are full; *grouped* when ``n_kv_heads < n_heads`` (2305.13245); *latent* with ``r_kv`` (and ``r_q``):
-    ``shared`` is DeepSeek-V3's MLA (2412.19437 §2.1.1): keys and values come from one normalised latent of rank
-    ``r_kv``, queries from one of rank ``r_q``, and positions travel in ``rope_dim`` more dimensions, whose key all
-    heads share; ``separate`` gives each of q, k, v a factor of its own of rank ``r_q``, ``r_kv``, ``r_kv``.
-
-    A kernel k(q, k) replaces the dot product: as *logit*, softmax(τ k(q, k)) with k approximated by ``kernel_dim``
-    random Fourier features (Rahimi and Recht 2007) after the rotation; as *weight*, k / Σ k, exactly.
-
-    Args:
-        d_model: width C.
-        n_heads: query heads H.
-        n_kv_heads: key/value heads G, a divisor of H; default H.
-        r_q, r_kv: ranks of the latents; default none.
-        kernel_dim: random features (even), for kernels as logits.
-        kernel_type: ``linear`` (the dot product), ``gaussian``, ``laplacian`` or ``uniform``.
-        dropout: of attention weights, while training.
-        attention_mode: ``causal`` (a token sees itself and what is before it) or ``bidirectional``.
-        head_dim: D; default C / H. With shared latents, the part of a key without position.
-        use_rope: rotate queries and keys by their position; else the layer knows no order.
-        rope_theta: base of the rotary frequencies.
-        bias: of all projections.
-        qk_norm: RMSNorm over each head's q and k before the rotation (Qwen3), with ``norm_eps``.
-        window: local attention: causal: a token sees itself and window − 1 before; bidirectional: window // 2 to each
-            side; default all.
-        latents: ``shared`` or ``separate``.
-        rope_dim: R of shared latents; default D / 2, made even; 0 without rotary positions.
-        v_head_dim: size of a value head; default D. Shared latents only.
-        kernel_meaning: ``logit`` or ``weight``.
-        kernel_norm: of the laplacian's distance: ``l2``, or ``l1`` (not a function of relative positions after rotary).
-        kernel_bandwidth: s; default by kernel and D (``ops.kernels.default_bandwidth``).
-        learned_temperature: τ of each head trains, from ``ops.kernels.default_temperature`` on; else it stays there.
-        seed: of the frequencies of the features.
+    Projections make q, k and v (``model.attention.projections``). A kernel k(q, k) may replace the dot product: as
+    *logit*, softmax(τ k(q, k)) with k approximated by random Fourier features (Rahimi and Recht 2007) after the
+    rotation; as *weight*, k / Σ k, exactly (``ops.kernels``).
 
     Raises:
         ValueError: sizes that do not divide, and combinations that do not exist.
     """
 
     frequencies: Tensor | None
+    o_proj: nn.Module
 
-    def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        n_kv_heads: int | None = None,
-        r_q: int | None = None,
-        r_kv: int | None = None,
-        kernel_dim: int = 64,
-        kernel_type: KernelType = "linear",
-        dropout: float = 0.0,
-        attention_mode: AttentionMode = "bidirectional",
-        *,
-        head_dim: int | None = None,
-        use_rope: bool = True,
-        rope_theta: float = 10000.0,
-        bias: bool = False,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-5,
-        window: int | None = None,
-        latents: Latents = "shared",
-        rope_dim: int | None = None,
-        v_head_dim: int | None = None,
-        kernel_meaning: KernelMeaning = "logit",
-        kernel_norm: KernelNorm = "l2",
-        kernel_bandwidth: float | None = None,
-        learned_temperature: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        G = n_heads if n_kv_heads is None else n_kv_heads
-        if G < 1 or n_heads % G:
-            raise ValueError(f"n_kv_heads ({G}) must divide n_heads ({n_heads})")
-        if head_dim is None:
-            if d_model % n_heads:
-                raise ValueError(f"n_heads ({n_heads}) must divide d_model ({d_model}), or head_dim be given")
-            head_dim = d_model // n_heads
-        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, G, head_dim
-        self.dropout, self.window = dropout, window
-        self.set_attention_mode(attention_mode)
-
-        shared = r_kv is not None and latents == "shared"
-        if latents not in ("shared", "separate"):
-            raise ValueError(f"latents is {latents!r}; allowed: shared, separate")
-        if r_q is not None and r_kv is None:
-            raise ValueError(f"r_q ({r_q}) without r_kv: latent attention needs the rank of keys and values")
-        if r_kv is not None and latents == "separate" and r_q is None:
-            raise ValueError(f"separate latents need r_q beside r_kv ({r_kv})")
-        if not shared and (rope_dim is not None or v_head_dim is not None):
-            raise ValueError("rope_dim and v_head_dim are of shared latents; give r_kv")
-        if qk_norm and r_kv is not None:
-            raise ValueError("qk_norm goes with full projections; latents have norms of their own")
-        self.shared_latent = shared
-        rotary = 0
-        if use_rope:
-            rotary = head_dim if not shared else (head_dim // 4 * 2 if rope_dim is None else rope_dim)
-            if rotary < 2 or rotary % 2:
-                raise ValueError(f"rotary positions need an even size; it is {rotary} (head size {head_dim})")
-        elif rope_dim:
-            raise ValueError(f"rope_dim is {rope_dim}, but use_rope is false")
-        self.rope_dim = rotary
-        self.rope_key = (rotary, rope_theta) if rotary else None
-        D = head_dim + rotary if shared else head_dim  # of a query
-        self.qk_dim, self.v_dim = D, v_head_dim or head_dim
-
-        def linear(n_in: int, n_out: int) -> Linear:
-            return Linear(n_in, n_out, bias=bias)
-
-        # Shared latents: the factors have no bias but where the field gives them one, before a norm (DeepSeek-V3).
-        if shared:
-            assert r_kv is not None
-            if r_q is None:
-                self.q_proj = Linear(d_model, n_heads * D, bias=False)
-            else:
-                self.q_a_proj = linear(d_model, r_q)
-                self.q_a_norm = RMSNorm(r_q, eps=LATENT_NORM_EPS)
-                self.q_b_proj = Linear(r_q, n_heads * D, bias=False)
-            self.kv_a_proj = linear(d_model, r_kv + rotary)
-            self.kv_a_norm = RMSNorm(r_kv, eps=LATENT_NORM_EPS)
-            self.kv_b_proj = Linear(r_kv, G * (head_dim + self.v_dim), bias=False)
-        elif r_kv is not None:
-            assert r_q is not None
-            self.q_a_proj, self.q_b_proj = Linear(d_model, r_q, bias=False), linear(r_q, n_heads * D)
-            self.k_a_proj, self.k_b_proj = Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
-            self.v_a_proj, self.v_b_proj = Linear(d_model, r_kv, bias=False), linear(r_kv, G * D)
-        else:
-            self.q_proj, self.k_proj, self.v_proj = (linear(d_model, n * D) for n in (n_heads, G, G))
-        self.o_proj = linear(n_heads * self.v_dim, d_model)
-        self.q_norm = RMSNorm(D, eps=norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(D, eps=norm_eps) if qk_norm else None
-        self._set_kernel(kernel_type, kernel_dim, kernel_meaning, kernel_norm, kernel_bandwidth, seed)
-        if learned_temperature and (kernel_type == "linear" or kernel_meaning == "weight"):
+        if spec.n_kv_heads < 1 or spec.n_heads % spec.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({spec.n_kv_heads}) must divide n_heads ({spec.n_heads})")
+        if spec.projections not in PROJECTIONS:
+            raise ValueError(f"latents is {spec.latents!r}; allowed: shared, separate")
+        self._spec = spec
+        self.n_heads, self.n_kv_heads = spec.n_heads, spec.n_kv_heads
+        self.dropout, self.window = spec.dropout, spec.window
+        self.set_attention_mode(spec.attention_mode)
+        self.projections = PROJECTIONS[spec.projections](spec)
+        for name, layer in self.projections.layers().items():
+            self.add_module(name, layer)
+        self.qk_dim, self.v_dim = self.projections.qk_dim, self.projections.v_dim
+        self.rope_key = (self.projections.rope_dim, spec.rope_theta) if spec.use_rope else None
+        self._set_kernel(spec)
+        if spec.learned_temperature and (spec.kernel_type == "linear" or spec.kernel_meaning == "weight"):
             raise ValueError("learned_temperature goes with kernels as logits")
-        self.log_temperature = nn.Parameter(torch.zeros(n_heads)) if learned_temperature else None
+        self.log_temperature = nn.Parameter(torch.zeros(spec.n_heads)) if spec.learned_temperature else None
         self.set_temperature()
 
-    def _set_kernel(
-        self, kind: KernelType, n: int, meaning: KernelMeaning, norm: KernelNorm, bandwidth: float | None, seed: int
-    ) -> None:
+    @property
+    def spec(self) -> AttentionSpec:
+        """What the layer is, in numbers, with the direction that it has now."""
+        return replace(self._spec, attention_mode=self.attention_mode)
+
+    def _set_kernel(self, spec: AttentionSpec) -> None:
+        kind, meaning, norm = spec.kernel_type, spec.kernel_meaning, spec.kernel_norm
+        n, bandwidth = spec.kernel_dim, spec.kernel_bandwidth
         if kind not in ("linear", "gaussian", "laplacian", "uniform"):
             raise ValueError(f"kernel_type is {kind!r}; allowed: linear, gaussian, laplacian, uniform")
         if meaning not in ("logit", "weight"):
@@ -186,7 +86,6 @@ class CoreAttention(nn.Module):
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"kernel_bandwidth is {bandwidth}; it must be above 0")
         self.kernel_type, self.kernel_meaning, self.kernel_norm = kind, meaning, norm
-        self.kernel_dim = n
         self.register_buffer("frequencies", None)
         if kind == "linear":
             return
@@ -203,7 +102,7 @@ class CoreAttention(nn.Module):
         if n < 2 or n % 2:
             raise ValueError(f"kernel_dim is {n}; features come in pairs: an even number from 2 on")
         self.frequencies = torch.empty(n // 2, self.qk_dim)
-        self.draw_frequencies(torch.Generator().manual_seed(seed))
+        self.draw_frequencies(torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def draw_frequencies(self, generator: torch.Generator) -> None:
@@ -229,38 +128,9 @@ class CoreAttention(nn.Module):
         self.attention_mode: AttentionMode = mode
 
     @classmethod
-    def from_spec(cls, spec: BlockSpec) -> Self:
-        """The attention of a Block."""
-        return cls(
-            spec.d_model,
-            spec.n_heads,
-            spec.n_kv_heads,
-            spec.r_q,
-            spec.r_kv,
-            spec.kernel_dim,
-            spec.kernel_type,
-            spec.dropout,
-            spec.attention_mode,
-            head_dim=spec.head_dim,
-            use_rope=spec.use_rope,
-            rope_theta=spec.rope_theta,
-            bias=spec.bias,
-            qk_norm=spec.qk_norm,
-            norm_eps=spec.norm_eps,
-            window=spec.window,
-            latents=spec.latents,
-            rope_dim=spec.rope_dim,
-            v_head_dim=spec.v_head_dim,
-            kernel_meaning=spec.kernel_meaning,
-            kernel_norm=spec.kernel_norm,
-            kernel_bandwidth=spec.kernel_bandwidth,
-            learned_temperature=spec.learned_temperature,
-        )
-
-    @classmethod
     def from_config(cls, config: StackWiseConfig) -> Self:
-        """The attention that ``config.model`` describes (its local form where Blocks differ)."""
-        return cls.from_spec(BlockSpec(**config.block_fields()))
+        """The attention of the first Block that ``config`` describes."""
+        return cls(config.block_fields()["attention"])
 
     def forward(
         self,
@@ -289,57 +159,13 @@ class CoreAttention(nn.Module):
             rope = rope_table(past + T, *self.rope_key, x.device)
             positions = None if attention_mask is None else positions_of(attention_mask)[:, -T:]
             rope = (rope[0][past:], rope[1][past:]) if positions is None else rope_rows(rope, positions)
-        if self.shared_latent:
-            q, k, v = self._from_shared_latent(x, rope, cache)
-        else:
-            q, k, v = self._from_projections(x, rope, cache)
+        q, k, v = self.projections(self, x, rope, cache)
         if cache is not None and attention_mask is not None:
             attention_mask = cache.mask(attention_mask)
         out = self._attend(q, k, v, attention_mask, seen, decoding=past > 0)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, self.n_heads * self.v_dim))
 
-    def _from_projections(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, T, ·), k and v (B, G, S, ·), rotated and mapped to features."""
-        if hasattr(self, "k_a_proj"):
-            q, k, v = (b(a(x)) for a, b in (
-                (self.q_a_proj, self.q_b_proj), (self.k_a_proj, self.k_b_proj), (self.v_a_proj, self.v_b_proj),
-            ))  # fmt: skip
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, heads, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k = self._map(q), self._map(k)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return q, k, v
-
-    def _from_shared_latent(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``_from_projections``; the cache holds the latent and the rotary key that all heads share."""
-        D, R = self.head_dim, self.rope_dim
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        q = q.unflatten(-1, (self.n_heads, D + R)).transpose(1, 2)  # (B, H, T, D + R)
-        latent = self.kv_a_proj(x)[:, None]  # (B, 1, T, r_kv + R)
-        rank = latent.shape[-1] - R
-        key = latent[..., rank:]
-        latent = self.kv_a_norm(latent[..., :rank])
-        if rope is not None:
-            q = torch.cat((q[..., :D], apply_rope(q[..., D:], *rope)), dim=-1)
-            key = apply_rope(key, *rope)
-        if cache is not None:
-            latent, key = cache.append(latent, key)
-        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.n_kv_heads, D + self.v_dim)).transpose(1, 2)
-        k = torch.cat((kv[..., :D], key.expand(-1, self.n_kv_heads, -1, -1)), dim=-1)
-        return self._map(q), self._map(k), kv[..., D:]
-
-    def _map(self, x: Tensor) -> Tensor:
+    def feature_map(self, x: Tensor) -> Tensor:
         """Random features of queries or keys, where a kernel is the logit."""
         return x if self.frequencies is None else fourier_features(x, self.frequencies)
 
