@@ -250,7 +250,7 @@ def test_compare_stops_with_its_child_and_goes_on_to_the_same_table(
     assert process.returncode == 3, errors
     assert not alive(child)
     assert errors.splitlines()[-2].endswith("its checkpoint is saved")
-    assert errors.splitlines()[-1] == "stackwise: stopped by SIGTERM; the same command goes on where it was"
+    assert errors.splitlines()[-1] == "stackwise: stopped by SIGTERM; the same command continues it"
     stopped = len((out / "append-frozen" / "metrics.jsonl").read_text().splitlines())
     assert (out / "append-frozen" / "checkpoints" / f"step-{stopped:08}.json").exists()
 
@@ -275,5 +275,5 @@ def test_training_into_a_run_is_refused(finished: Path, work: Path, capsys: pyte
     settings = [f"data.path={work / 'texts'}", f"data.cache_dir={work / 'uninterrupted-cache'}"]
     assert main(["train", str(work / "config.yaml"), *settings, "--out", str(finished)]) == 2
     assert capsys.readouterr().err == (
-        f"stackwise: {finished} holds a run; stackwise resume {finished} goes on with it, or choose another --out\n"
+        f"stackwise: {finished} holds a run; stackwise resume {finished} continues it, or choose another --out\n"
     )

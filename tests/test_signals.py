@@ -76,7 +76,7 @@ loop.take_step = step""",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        f"stackwise: stopped at once; stackwise resume {run} goes on from the last checkpoint, or from the start"
+        f"stackwise: stopped at once; stackwise resume {run} continues from the last checkpoint, or from the start"
     )
     assert "Traceback" not in done.stderr
     assert main(["resume", str(run)]) == 0
@@ -106,7 +106,7 @@ def test_a_signal_while_the_run_is_planned_stops_it_and_resume_trains_it(
         assert main(["train", str(config), "--out", str(run)]) == 3
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"stackwise: stopped by {which.name}; "
-        f"stackwise resume {run} goes on from the last checkpoint, or from the start"
+        f"stackwise resume {run} continues from the last checkpoint, or from the start"
     )
     assert not (run / "checkpoints").exists()
     assert main(["resume", str(run)]) == 0

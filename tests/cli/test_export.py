@@ -113,7 +113,7 @@ def test_an_imported_run_is_not_one_to_go_on_with(llama, tmp_path, capsys):
     capsys.readouterr()
     assert main(["resume", str(tmp_path / "run")]) == 2
     run = tmp_path / "run"
-    said = f"stackwise: {run} was imported and not trained; go on with train CONFIG --from {run} --out RUN\n"
+    said = f"stackwise: {run} was imported and not trained; use train CONFIG --from {run} --out RUN\n"
     assert capsys.readouterr().err == said
 
 

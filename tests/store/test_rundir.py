@@ -50,7 +50,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_unharmed(tmp_path: Path) -> No
     with pytest.raises(UserError) as error:
         RunDir.create(tmp_path / "run", "a: 2\n")
     assert str(error.value) == (
-        f"{run.path} holds a run; stackwise resume {run.path} goes on with it, or choose another --out"
+        f"{run.path} holds a run; stackwise resume {run.path} continues it, or choose another --out"
     )
     assert run.config.read_text() == "a: 1\n"
 

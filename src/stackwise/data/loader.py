@@ -13,5 +13,5 @@ def no_text(config: DataConfig, memo: Path) -> NoReturn:
     """Always raises ``UserError``."""
     raise UserError(
         f"data.source: {config.source!r}: there is no text to read, for the batches come from a data loader in Python; "
-        "give that to ProgressiveTrainer or ArchitectureTrainer there (with resume=True to go on with a run)"
+        "give that to ProgressiveTrainer or ArchitectureTrainer there (with resume=True to continue a run)"
     )

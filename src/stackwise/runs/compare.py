@@ -44,7 +44,7 @@ def compare_recipes(config: StackWiseConfig, names: Iterable[str], out: Path) ->
     Raises:
         UserError: no such recipe, or its settings do not fit the config. RunError: a run failed. StoppedBySignal.
     """
-    with stoppable("the same command goes on where it was") as stop:
+    with stoppable("the same command continues it") as stop:
         return _compare(config, list(names), out, stop)
 
 
@@ -69,7 +69,7 @@ def _compare(config: StackWiseConfig, names: Sequence[str], out: Path, stop: Sto
             code = _run(command, stop)
             stop_if_asked()
             if code == STOPPED:
-                raise StoppedBySignal(f"recipe {name} was stopped; the same command goes on where it was")
+                raise StoppedBySignal(f"recipe {name} was stopped; the same command continues it")
             if code:
                 raise RunError(f"recipe {name} failed with exit code {code}; the others are kept in {out}")
         rows.append(_row(name, run.read_summary()))

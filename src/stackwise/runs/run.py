@@ -85,7 +85,7 @@ def load(path: str | Path, step: int | None = None, device: str | torch.device =
     config = StackWiseConfig.from_yaml(run.config)
     store = CheckpointStore(run.checkpoints)
     if not store.has_any():
-        raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} goes on with its training")
+        raise UserError(f"{path}: it has no checkpoint yet; stackwise resume {path} continues its training")
     checkpoint = load_checkpoint(store, step)
     if step is None:
         _check_against_summary(run, checkpoint.step)
@@ -104,7 +104,7 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
     if end is not None and newest < end:
         raise RunError(
             f"{run.path}: summary.json is of step {end}, but the newest checkpoint is of step {newest}: the last one "
-            f"is lost; --step {newest} takes this one, stackwise resume {run.path} --step {newest} trains on from it"
+            f"is lost; --step {newest} uses this one, stackwise resume {run.path} --step {newest} continues from it"
         )
 
 
@@ -171,7 +171,7 @@ def resume_run(
 
 
 def _prospect(path: str | Path) -> str:
-    return f"stackwise resume {path} goes on from the last checkpoint, or from the start"
+    return f"stackwise resume {path} continues from the last checkpoint, or from the start"
 
 
 def write_untrained_run(
@@ -303,7 +303,7 @@ def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: int | N
         return None
     checkpoint = load_checkpoint(store, step)
     if checkpoint.state["fingerprint"] == IMPORTED:
-        raise UserError(f"{run.path} was imported and not trained; go on with train CONFIG --from {run.path} --out RUN")
+        raise UserError(f"{run.path} was imported and not trained; use train CONFIG --from {run.path} --out RUN")
     check_config(checkpoint, config, run.config)
     return checkpoint
 

@@ -160,7 +160,7 @@ def _run_directory(out: str | Path | None, config: StackWiseConfig, resume: bool
     """
     if out is None:
         if resume:
-            raise UserError("resume: true, but out names no run directory to go on with")
+            raise UserError("resume: true, but out names no run directory to continue")
         yield None
     elif resume and RunDir(out).config.exists():
         run = RunDir.open(out)

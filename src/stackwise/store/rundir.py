@@ -136,7 +136,7 @@ class RunDir:
             raise UserError(f"{self.path} is a file; choose another --out")
         if self.config.exists():
             raise UserError(
-                f"{self.path} holds a run; stackwise resume {self.path} goes on with it, or choose another --out"
+                f"{self.path} holds a run; stackwise resume {self.path} continues it, or choose another --out"
             )
         if not self.path.is_dir():
             return
@@ -250,7 +250,7 @@ class RunDir:
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} has no summary.json: its training has not finished; "
-                f"stackwise resume {self.path} goes on with it"
+                f"stackwise resume {self.path} continues it"
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.summary}: cannot be read: {error}") from error
