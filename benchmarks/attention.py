@@ -53,14 +53,14 @@ class Explicit(CoreAttention):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seen: Tensor | None, *, decoding: bool
     ) -> Tensor:
         k, v = (x.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for x in (k, v))
-        if self.kernel_meaning == "weight" and self.kernel_type == "gaussian":
+        if self.spec.kernel_meaning == "weight" and self.spec.kernel_type == "gaussian":
             scores = q @ k.mT - k.square().sum(-1)[:, :, None] / 2
             scores = scores / self.bandwidth**2
-        elif self.kernel_meaning == "weight" and self.kernel_type == "laplacian":
+        elif self.spec.kernel_meaning == "weight" and self.spec.kernel_type == "laplacian":
             square = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None] - 2 * q @ k.mT
             scores = -(square.clamp(min=1e-12)).sqrt() / self.bandwidth
         else:
-            scores = (q @ k.mT) * (self.qk_dim**-0.5 if self.kernel_type == "linear" else self.temperature)
+            scores = (q @ k.mT) * (self.qk_dim**-0.5 if self.kernel is None else self.temperature)
         T = q.shape[2]
         i, j = torch.arange(T)[:, None], torch.arange(T)[None]
         if self.attention_mode == "causal":

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -7,7 +8,11 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from stackwise.config.attention import KernelType, Latents
+from stackwise.model.attention import AttentionBuilder
+from stackwise.model.attention.projections import PROJECTIONS
 from stackwise.ops.attention import attend
+from stackwise.ops.kernels import KERNELS as RECORDS
 from stackwise.ops.kernels import (
     LAPLACIAN_TIP,
     _block_mask,
@@ -15,12 +20,8 @@ from stackwise.ops.kernels import (
     _laplacian_backward,
     _laplacian_flex,
     cosine_features,
-    default_bandwidth,
-    default_temperature,
     fourier_features,
-    frequencies,
     gaussian_weight_columns,
-    kernel,
     laplacian_weight_attention,
     phases,
 )
@@ -28,6 +29,26 @@ from stackwise.ops.rope import apply_rope, rope_table
 
 D = 6
 KERNELS = [("gaussian", "l2"), ("laplacian", "l2"), ("laplacian", "l1"), ("uniform", "l2")]
+
+
+def named(kind, norm="l2"):
+    return RECORDS["laplacian_l1" if norm == "l1" else kind]
+
+
+def frequencies(kind, n, size, s, norm, g, tip=0.0):
+    return named(kind, norm).frequencies(n, size, s, g, tip)
+
+
+def kernel(q, k, kind, s, norm="l2"):
+    return named(kind, norm)(q, k, s)
+
+
+def default_bandwidth(kind, meaning, size):
+    return named(kind).default_bandwidth(meaning, size)
+
+
+def default_temperature(kind, s, size):
+    return named(kind).temperature(s, size)
 
 
 def generator(seed=0):
@@ -114,11 +135,30 @@ def test_angles_of_16_bit_inputs_are_exact():
         assert (fourier_features(x.float(), w) - expected).abs().max() < 1e-3
 
 
-def test_unknown_kernels_are_named():
-    with pytest.raises(ValueError, match=r"'cosine'.*gaussian, laplacian, uniform"):
-        frequencies("cosine", 3, D, 1.0, "l2", generator())
-    with pytest.raises(ValueError, match=r"'cosine'.*gaussian, laplacian, uniform"):
-        kernel(torch.zeros(D), torch.zeros(D), "cosine", 1.0)
+def test_a_config_may_name_every_kernel_and_every_way_to_project():
+    assert set(RECORDS) == {*get_args(KernelType), "laplacian_l1"}
+    assert set(PROJECTIONS) == {"full", *get_args(Latents)}
+
+
+@pytest.mark.parametrize("field, value, allowed", [
+    ("kernel_type", "cosine", "linear, gaussian, laplacian, uniform"),
+    ("kernel_norm", "l3", "l2, l1"),
+    ("kernel_meaning", "key", "logit, weight"),
+])  # fmt: skip
+def test_names_that_are_no_kernel_are_refused_with_those_that_are(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field} is '{value}'; allowed: {allowed}$"):
+        AttentionBuilder(8, 2, **{field: value}).build()
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"kernel_type": "uniform"}, "exact for gaussian, laplacian; not for uniform"),
+    ({"kernel_type": "laplacian", "kernel_norm": "l1"}, "exact for gaussian, laplacian; not for laplacian_l1"),
+    ({"kernel_type": "laplacian", "dropout": 0.1}, "laplacian as weight has no dropout"),
+    ({"kernel_type": "gaussian", "learned_temperature": True}, "learned_temperature goes with kernels as logits"),
+])  # fmt: skip
+def test_only_an_exact_kernel_is_a_weight(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionBuilder(8, 2, kernel_meaning="weight", **fields).build()
 
 
 def test_the_closed_forms_are_the_kernels_of_the_table():

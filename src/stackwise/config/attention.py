@@ -78,6 +78,11 @@ class AttentionSpec:
         return "full" if self.r_kv is None else self.latents
 
     @property
+    def kernel(self) -> str:
+        """A name in ``ops.kernels.KERNELS``."""
+        return "laplacian_l1" if (self.kernel_type, self.kernel_norm) == ("laplacian", "l1") else self.kernel_type
+
+    @property
     def head_size(self) -> int:
         """D. ValueError where neither ``head_dim`` nor a division gives it."""
         if self.head_dim is not None:

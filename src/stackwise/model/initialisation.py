@@ -8,7 +8,7 @@
 | norms | 1 |
 | biases, and what the noise level adds to Blocks (modulation) | 0 |
 | learned embedding of noise levels | N(0, 1) |
-| temperature of a kernel | that of dot products (ops.kernels.default_temperature) |
+| temperature of a kernel | that of dot products (ops.kernels.Kernel.temperature) |
 | frequencies of a kernel's features (not trained) | its spectral density |
 
 The residual branches so add up to the same variance at any depth (GPT-2 §2.3).

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +26,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
+from stackwise.ops.attention import attend
+
 if TYPE_CHECKING:
-    from stackwise.config.attention import KernelMeaning, KernelNorm, KernelType
+    from stackwise.config.attention import KernelMeaning
 
 TILE = 1 << 18
 """Distances that the laplacian computes at a time: 1 MiB in fp32."""
@@ -38,54 +41,50 @@ LAPLACIAN_TIP = 0.25
 """The smallest |g| in the frequencies that attention draws for the l2 laplacian; see ``frequencies``."""
 
 
-def default_bandwidth(kernel_type: KernelType, meaning: KernelMeaning, head_dim: int) -> float:
-    """The bandwidth s for queries and keys of unit variance, whose distance is about √(2D).
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of δ = q − k, with bandwidth s.
 
-    As weight s² = √D, which makes the gaussian exp(q·k/√D), the softmax of dot products, for keys of equal length. As
-    logit s = 2√D, and 4√D for the laplacian: narrower kernels have features of higher frequency, and train worse.
+    Attributes:
+        value: δ / s (…, D) → k (…).
+        draw: (n, D, s, generator, tip) → (n, D) frequencies in fp32, from the spectral density.
+        width: the default s as logit, in √D. Narrower kernels have features of higher frequency, and train worse.
+        temperature: (s, D) → τ for which τ k(δ) falls with distance as the logits of dot products do.
+        weigh: attention whose weights are k / Σ k, exactly: (q, k, v, s, ``causal``, ``key_mask``, ``window``,
+            ``dropout``, ``seen``); ``None``: there is none, since k is not computed exactly or may be negative.
+        drops: whether these weights can be dropped at random.
     """
-    if meaning == "weight":
-        return head_dim**0.25
-    return (4 if kernel_type == "laplacian" else 2) * head_dim**0.5
 
+    value: Callable[[Tensor], Tensor]
+    draw: Callable[[int, int, float, torch.Generator, float], Tensor]
+    width: float
+    temperature: Callable[[float, int], float]
+    weigh: Callable[..., Tensor] | None = None
+    drops: bool = True
 
-def default_temperature(kernel_type: KernelType, bandwidth: float, head_dim: int) -> float:
-    """τ for which τ k(δ) falls with distance as the logits of dot products do: by |δ|²/2√D near 0.
+    def default_bandwidth(self, meaning: KernelMeaning, head_dim: int) -> float:
+        """The bandwidth s for queries and keys of unit variance, whose distance is about √(2D).
 
-    gaussian: s²/√D; uniform: 3s²/√D, since k = 1 − |δ|²/6s² + …; laplacian, which has a tip there: s, a slope of 1.
-    """
-    if kernel_type == "laplacian":
-        return bandwidth
-    return (3 if kernel_type == "uniform" else 1) * bandwidth**2 / head_dim**0.5
+        As weight s² = √D, which makes the gaussian exp(q·k/√D), the softmax of dot products, for keys of equal length.
+        """
+        return head_dim**0.25 if meaning == "weight" else self.width * head_dim**0.5
 
+    def __call__(self, q: Tensor, k: Tensor, bandwidth: float) -> Tensor:
+        """k over the last dimension: (…, D) and (…, D), which broadcast, → (…)."""
+        return self.value((q - k) / bandwidth)
 
-def frequencies(
-    kernel_type: KernelType,
-    n: int,
-    head_dim: int,
-    bandwidth: float,
-    norm: KernelNorm,
-    generator: torch.Generator,
-    tip: float = 0.0,
-) -> Tensor:
-    """(n, D) in fp32, drawn from the spectral density of the kernel.
+    def frequencies(
+        self, n: int, head_dim: int, bandwidth: float, generator: torch.Generator, tip: float = 0.0
+    ) -> Tensor:
+        """(n, D) in fp32.
 
-    Args:
-        tip: of the l2 laplacian: |g| is at least this. 0 is the laplacian itself, whose frequencies have no mean: a few
-            rows in a hundred turn so fast that their gradients drown those of all others (measured in docs/log.md).
-            Above 0 the tip of the kernel is rounded within |δ| < tip · s; k changes by less than P(|N(0, 1)| < tip).
-    """
-    if kernel_type == "uniform":
-        return (2 * torch.rand(n, head_dim, generator=generator) - 1) / bandwidth
-    if kernel_type == "laplacian" and norm == "l1":
-        return torch.tan(math.pi * (torch.rand(n, head_dim, generator=generator) - 0.5)) / bandwidth
-    z = torch.randn(n, head_dim, generator=generator)
-    if kernel_type == "gaussian":
-        return z / bandwidth
-    if kernel_type == "laplacian":
-        g = torch.randn(n, 1, generator=generator).abs()
-        return z / (g.clamp(min=max(tip, 1e-6)) * bandwidth)  # 0 would be an infinite frequency
-    raise ValueError(f"kernel_type is {kernel_type!r}; kernels with features: gaussian, laplacian, uniform")
+        Args:
+            tip: of the l2 laplacian: |g| is at least this. 0 is the laplacian itself, whose frequencies have no mean: a
+                few rows in a hundred turn so fast that their gradients drown those of all others (measured in
+                docs/log.md). Above 0 the tip of the kernel is rounded within |δ| < tip · s; k changes by less than
+                P(|N(0, 1)| < tip).
+        """
+        return self.draw(n, head_dim, bandwidth, generator, tip)
 
 
 def phases(n: int, generator: torch.Generator) -> Tensor:
@@ -116,18 +115,6 @@ def cosine_features(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return ((_angles(x, w) + b).cos() * (2 / len(w)) ** 0.5).to(x.dtype)
 
 
-def kernel(q: Tensor, k: Tensor, kernel_type: KernelType, bandwidth: float, norm: KernelNorm = "l2") -> Tensor:
-    """The kernel itself over the last dimension: (…, D) and (…, D), which broadcast, → (…)."""
-    delta = (q - k) / bandwidth
-    if kernel_type == "gaussian":
-        return (-0.5 * delta.square().sum(-1)).exp()
-    if kernel_type == "laplacian":
-        return (-torch.linalg.vector_norm(delta, ord=2 if norm == "l2" else 1, dim=-1)).exp()
-    if kernel_type == "uniform":
-        return torch.sinc(delta / math.pi).prod(-1)
-    raise ValueError(f"kernel_type is {kernel_type!r}; allowed: gaussian, laplacian, uniform")
-
-
 def gaussian_weight_columns(q: Tensor, k: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
     """q' (…, D + 2) and k' (…, D + 2) for which softmax(q'·k' / s²) are the weights k(q, k) / Σ k of the gaussian.
 
@@ -136,6 +123,11 @@ def gaussian_weight_columns(q: Tensor, k: Tensor, bandwidth: float) -> tuple[Ten
     """
     half = q.new_full((*q.shape[:-1], 2), -0.5)
     return torch.cat((q, half), dim=-1), torch.cat((k, _split_square(k)), dim=-1)
+
+
+def gaussian_weight_attention(q: Tensor, k: Tensor, v: Tensor, bandwidth: float, **sight: Any) -> Tensor:
+    """Σ k(q, k) v / Σ k(q, k) for the gaussian, exactly; ``sight``: as in ``ops.attention.attend``."""
+    return attend(*gaussian_weight_columns(q, k, bandwidth), v, scale=bandwidth**-2, **sight)
 
 
 def laplacian_weight_attention(
@@ -394,3 +386,63 @@ def _block_mask(
         mask_mod=sees,
         seq_lengths=(T, S),
     )
+
+
+def _gaussian_frequencies(n: int, head_dim: int, s: float, generator: torch.Generator, tip: float) -> Tensor:
+    return torch.randn(n, head_dim, generator=generator) / s
+
+
+def _laplacian_frequencies(n: int, head_dim: int, s: float, generator: torch.Generator, tip: float) -> Tensor:
+    z = torch.randn(n, head_dim, generator=generator)
+    g = torch.randn(n, 1, generator=generator).abs()
+    return z / (g.clamp(min=max(tip, 1e-6)) * s)  # 0 would be an infinite frequency
+
+
+def _l1_laplacian_frequencies(n: int, head_dim: int, s: float, generator: torch.Generator, tip: float) -> Tensor:
+    return torch.tan(math.pi * (torch.rand(n, head_dim, generator=generator) - 0.5)) / s
+
+
+def _uniform_frequencies(n: int, head_dim: int, s: float, generator: torch.Generator, tip: float) -> Tensor:
+    return (2 * torch.rand(n, head_dim, generator=generator) - 1) / s
+
+
+def _laplacian_weighs(
+    q: Tensor, k: Tensor, v: Tensor, bandwidth: float, *, seen: Tensor | None, dropout: float, **sight: Any
+) -> Tensor:
+    if seen is not None:
+        raise ValueError("the laplacian as weight cannot be told which keys each query sees (seen)")
+    assert not dropout, "attention refuses dropout of the laplacian's weights when it is made"
+    return laplacian_weight_attention(q, k, v, bandwidth, **sight)
+
+
+KERNELS: dict[str, Kernel | None] = {
+    "linear": None,  # the dot product, which is no kernel
+    "gaussian": Kernel(
+        lambda d: (-0.5 * d.square().sum(-1)).exp(),
+        _gaussian_frequencies,
+        width=2,
+        temperature=lambda s, head_dim: s**2 / head_dim**0.5,
+        weigh=gaussian_weight_attention,
+    ),
+    "laplacian": Kernel(
+        lambda d: (-torch.linalg.vector_norm(d, ord=2, dim=-1)).exp(),
+        _laplacian_frequencies,
+        width=4,
+        temperature=lambda s, head_dim: s,  # k has a tip there, and τ k a slope of 1
+        weigh=_laplacian_weighs,
+        drops=False,
+    ),
+    "laplacian_l1": Kernel(
+        lambda d: (-torch.linalg.vector_norm(d, ord=1, dim=-1)).exp(),
+        _l1_laplacian_frequencies,
+        width=4,
+        temperature=lambda s, head_dim: s,
+    ),
+    "uniform": Kernel(
+        lambda d: torch.sinc(d / math.pi).prod(-1),
+        _uniform_frequencies,
+        width=2,
+        temperature=lambda s, head_dim: 3 * s**2 / head_dim**0.5,  # k = 1 − |δ|²/6s² + …
+    ),
+}
+"""The kernels that ``AttentionSpec.kernel`` names."""

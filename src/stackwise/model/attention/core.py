@@ -7,31 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from stackwise.config.attention import AttentionMode, AttentionSpec
+from stackwise.config.attention import AttentionMode, AttentionSpec, KernelType
 from stackwise.model.attention.projections import PROJECTIONS
 from stackwise.model.cache import LayerCache, positions_of
 from stackwise.ops.attention import attend
-from stackwise.ops.kernels import (
-    LAPLACIAN_TIP,
-    default_bandwidth,
-    default_temperature,
-    fourier_features,
-    frequencies,
-    gaussian_weight_columns,
-    laplacian_weight_attention,
-)
+from stackwise.ops.kernels import KERNELS, LAPLACIAN_TIP, fourier_features
 from stackwise.ops.rope import rope_rows, rope_table
 
 if TYPE_CHECKING:
     from stackwise.config.base import StackWiseConfig
-
-EXACT_WEIGHT_KERNELS = ("gaussian", "laplacian")
-"""Kernels that can be attention weights themselves: computed exactly and never negative."""
 
 
 class CoreAttention(nn.Module):
@@ -64,8 +53,6 @@ class CoreAttention(nn.Module):
         self.qk_dim, self.v_dim = self.projections.qk_dim, self.projections.v_dim
         self.rope_key = (self.projections.rope_dim, spec.rope_theta) if spec.use_rope else None
         self._set_kernel(spec)
-        if spec.learned_temperature and (spec.kernel_type == "linear" or spec.kernel_meaning == "weight"):
-            raise ValueError("learned_temperature goes with kernels as logits")
         self.log_temperature = nn.Parameter(torch.zeros(spec.n_heads)) if spec.learned_temperature else None
         self.set_temperature()
 
@@ -75,30 +62,32 @@ class CoreAttention(nn.Module):
         return replace(self._spec, attention_mode=self.attention_mode)
 
     def _set_kernel(self, spec: AttentionSpec) -> None:
-        kind, meaning, norm = spec.kernel_type, spec.kernel_meaning, spec.kernel_norm
-        n, bandwidth = spec.kernel_dim, spec.kernel_bandwidth
-        if kind not in ("linear", "gaussian", "laplacian", "uniform"):
-            raise ValueError(f"kernel_type is {kind!r}; allowed: linear, gaussian, laplacian, uniform")
-        if meaning not in ("logit", "weight"):
-            raise ValueError(f"kernel_meaning is {meaning!r}; allowed: logit, weight")
-        if norm not in ("l2", "l1"):
-            raise ValueError(f"kernel_norm is {norm!r}; allowed: l2, l1")
-        if bandwidth is not None and not bandwidth > 0:
-            raise ValueError(f"kernel_bandwidth is {bandwidth}; it must be above 0")
-        self.kernel_type, self.kernel_meaning, self.kernel_norm = kind, meaning, norm
+        """Takes the kernel, and what it needs: bandwidth, temperature, and as logit the frequencies of its features."""
+        if spec.kernel not in KERNELS:
+            raise ValueError(f"kernel_type is {spec.kernel_type!r}; allowed: {', '.join(get_args(KernelType))}")
+        if spec.kernel_meaning not in ("logit", "weight"):
+            raise ValueError(f"kernel_meaning is {spec.kernel_meaning!r}; allowed: logit, weight")
+        if spec.kernel_norm not in ("l2", "l1"):
+            raise ValueError(f"kernel_norm is {spec.kernel_norm!r}; allowed: l2, l1")
+        if spec.kernel_bandwidth is not None and not spec.kernel_bandwidth > 0:
+            raise ValueError(f"kernel_bandwidth is {spec.kernel_bandwidth}; it must be above 0")
+        self.kernel = KERNELS[spec.kernel]
         self.register_buffer("frequencies", None)
-        if kind == "linear":
+        if spec.learned_temperature and (self.kernel is None or spec.kernel_meaning == "weight"):
+            raise ValueError("learned_temperature goes with kernels as logits")
+        if self.kernel is None:
             return
-        self.bandwidth = default_bandwidth(kind, meaning, self.qk_dim) if bandwidth is None else bandwidth
-        self.temperature = default_temperature(kind, self.bandwidth, self.qk_dim)
-        if meaning == "weight":
-            if kind not in EXACT_WEIGHT_KERNELS or norm != "l2":
-                raise ValueError(
-                    f"kernel_meaning weight is exact for the gaussian and the L2 laplacian; not for {kind} ({norm})"
-                )
-            if kind == "laplacian" and self.dropout:
-                raise ValueError("the laplacian as weight has no dropout of attention weights; set dropout to 0")
+        default = self.kernel.default_bandwidth(spec.kernel_meaning, self.qk_dim)
+        self.bandwidth = default if spec.kernel_bandwidth is None else spec.kernel_bandwidth
+        self.temperature = self.kernel.temperature(self.bandwidth, self.qk_dim)
+        if spec.kernel_meaning == "weight":
+            if self.kernel.weigh is None:
+                exact = ", ".join(name for name, kernel in KERNELS.items() if kernel and kernel.weigh)
+                raise ValueError(f"kernel_meaning weight is exact for {exact}; not for {spec.kernel}")
+            if self.dropout and not self.kernel.drops:
+                raise ValueError(f"the {spec.kernel} as weight has no dropout of attention weights; set dropout to 0")
             return
+        n = spec.kernel_dim
         if n < 2 or n % 2:
             raise ValueError(f"kernel_dim is {n}; features come in pairs: an even number from 2 on")
         self.frequencies = torch.empty(n // 2, self.qk_dim)
@@ -107,13 +96,9 @@ class CoreAttention(nn.Module):
     @torch.no_grad()
     def draw_frequencies(self, generator: torch.Generator) -> None:
         """Draws the frequencies of the features again. Only kernels as logits have any."""
-        if self.frequencies is not None:
+        if self.frequencies is not None and self.kernel is not None:
             n = len(self.frequencies)
-            self.frequencies.copy_(
-                frequencies(
-                    self.kernel_type, n, self.qk_dim, self.bandwidth, self.kernel_norm, generator, LAPLACIAN_TIP
-                )
-            )
+            self.frequencies.copy_(self.kernel.frequencies(n, self.qk_dim, self.bandwidth, generator, LAPLACIAN_TIP))
 
     @torch.no_grad()
     def set_temperature(self) -> None:
@@ -173,23 +158,18 @@ class CoreAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seen: Tensor | None, *, decoding: bool
     ) -> Tensor:
         """(B, H, T, size of a value head)."""
-        causal = self.attention_mode == "causal" and not decoding and seen is None
-        window = None if decoding else self.window  # a cache of a local layer holds its window only
-        dropout = self.dropout if self.training else 0.0
-        scale = self.qk_dim**-0.5
-        if self.kernel_type != "linear":
-            if self.kernel_meaning == "logit":
-                if self.log_temperature is None:
-                    scale = self.temperature
-                else:
-                    q, scale = q * self.log_temperature.exp().to(q.dtype)[:, None, None], 1.0
-            elif self.kernel_type == "gaussian":
-                q, k = gaussian_weight_columns(q, k, self.bandwidth)
-                scale = self.bandwidth**-2
-            elif seen is not None:
-                raise ValueError("the laplacian as weight cannot be told which keys each query sees (seen)")
-            else:
-                return laplacian_weight_attention(
-                    q, k, v, self.bandwidth, causal=causal, key_mask=key_mask, window=window
-                )
-        return attend(q, k, v, causal=causal, key_mask=key_mask, window=window, dropout=dropout, scale=scale, seen=seen)
+        sight: dict[str, Any] = {
+            "causal": self.attention_mode == "causal" and not decoding and seen is None,
+            "key_mask": key_mask,
+            "window": None if decoding else self.window,  # a cache of a local layer holds its window only
+            "dropout": self.dropout if self.training else 0.0,
+            "seen": seen,
+        }
+        if self.kernel is None:
+            return attend(q, k, v, scale=self.qk_dim**-0.5, **sight)
+        if self.frequencies is None:
+            assert self.kernel.weigh is not None
+            return self.kernel.weigh(q, k, v, self.bandwidth, **sight)
+        if self.log_temperature is None:
+            return attend(q, k, v, scale=self.temperature, **sight)
+        return attend(q * self.log_temperature.exp().to(q.dtype)[:, None, None], k, v, scale=1.0, **sight)
