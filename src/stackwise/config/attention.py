@@ -1,13 +1,9 @@
-"""Attention: the section ``model.attention_custom``, and the spec that settings and presets make of it."""
+"""The spec of one attention layer: settings and presets make it, and the layer is built from it; plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-from pydantic import Field
-
-from stackwise.config.section import Section, Size
+from typing import Literal
 
 AttentionPreset = Literal[
     "gpt_style", "bert_style", "efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom"
@@ -90,51 +86,3 @@ class AttentionSpec:
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must divide d_model ({self.d_model}), or head_dim be given")
         return self.d_model // self.n_heads
-
-
-class AttentionCustomConfig(Section):
-    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
-
-    attention_type: Literal["mha", "mla"] = Field(
-        "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
-    )
-    attention_mode: AttentionMode | None = Field(
-        None, description="preset custom: direction of attention; null: the objective's"
-    )
-    mla_rq: Size | None = Field(
-        None,
-        description="Rank of latent queries; null: d_model / 4, or full queries for preset custom with shared latents",
-    )
-    mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
-    mla_latents: Latents | None = Field(
-        None,
-        description="shared: one latent for keys and values, plus a rotary key (DeepSeek-V3); separate: a low-rank "
-        "factor for each of q, k and v; null: separate for mlgka, else shared",
-    )
-    mla_rope_dim: Size | None = Field(
-        None, description="Rotary dimensions of each head with shared latents; null: half the head size"
-    )
-    mla_v_head_dim: Size | None = Field(
-        None, description="Size of each value head with shared latents; null: the head size"
-    )
-    kernel_type: KernelType | None = Field(
-        None,
-        description="Kernel between queries and keys; null: gaussian for kernel_attention, laplacian for mlgka, linear "
-        "for custom",
-    )
-    kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
-        None, description="kernel_meaning logit: number of random features, even; null: 64"
-    )
-    kernel_meaning: KernelMeaning = Field(
-        "logit",
-        description="logit: softmax over the kernel's values; weight: those values themselves, normalised (exact)",
-    )
-    kernel_norm: KernelNorm = Field(
-        "l2",
-        description="Distance in the laplacian kernel; with rotary positions, l1 depends on more than relative "
-        "positions",
-    )
-    kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Bandwidth s of the kernel; null: derived from the head size"
-    )
-    learned_temperature: bool = Field(False, description="kernel_meaning logit: learn a temperature for each head")

@@ -7,14 +7,63 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from stackwise.config.attention import (
-    AttentionCustomConfig,
     AttentionMode,
     AttentionPreset,
     AttentionSpec,
+    KernelMeaning,
+    KernelNorm,
     KernelType,
     Latents,
 )
 from stackwise.config.section import MAX_BLOCKS, Blocks, PositiveInt, Section, Size, Stacks, as_tuple, conflict
+
+
+class AttentionCustomConfig(Section):
+    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
+
+    attention_type: Literal["mha", "mla"] = Field(
+        "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
+    )
+    attention_mode: AttentionMode | None = Field(
+        None, description="preset custom: direction of attention; null: the objective's"
+    )
+    mla_rq: Size | None = Field(
+        None,
+        description="Rank of latent queries; null: d_model / 4, or full queries for preset custom with shared latents",
+    )
+    mla_rkv: Size | None = Field(None, description="Rank of latent keys and values; null: d_model / 4")
+    mla_latents: Latents | None = Field(
+        None,
+        description="shared: one latent for keys and values, plus a rotary key (DeepSeek-V3); separate: a low-rank "
+        "factor for each of q, k and v; null: separate for mlgka, else shared",
+    )
+    mla_rope_dim: Size | None = Field(
+        None, description="Rotary dimensions of each head with shared latents; null: half the head size"
+    )
+    mla_v_head_dim: Size | None = Field(
+        None, description="Size of each value head with shared latents; null: the head size"
+    )
+    kernel_type: KernelType | None = Field(
+        None,
+        description="Kernel between queries and keys; null: gaussian for kernel_attention, laplacian for mlgka, linear "
+        "for custom",
+    )
+    kernel_dim: Annotated[Size, Field(ge=2)] | None = Field(
+        None, description="kernel_meaning logit: number of random features, even; null: 64"
+    )
+    kernel_meaning: KernelMeaning = Field(
+        "logit",
+        description="logit: softmax over the kernel's values; weight: those values themselves, normalised (exact)",
+    )
+    kernel_norm: KernelNorm = Field(
+        "l2",
+        description="Distance in the laplacian kernel; with rotary positions, l1 depends on more than relative "
+        "positions",
+    )
+    kernel_bandwidth: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Bandwidth s of the kernel; null: derived from the head size"
+    )
+    learned_temperature: bool = Field(False, description="kernel_meaning logit: learn a temperature for each head")
 
 
 class ArchitectureConfig(Section):
