@@ -74,7 +74,7 @@ class CoreAttention(nn.Module):
         self.kernel = KERNELS[spec.kernel]
         self.register_buffer("frequencies", None)
         if spec.learned_temperature and (self.kernel is None or spec.kernel_meaning == "weight"):
-            raise ValueError("learned_temperature goes with kernels as logits")
+            raise ValueError("learned_temperature requires a kernel with kernel_meaning logit")
         if self.kernel is None:
             return
         default = self.kernel.default_bandwidth(spec.kernel_meaning, self.qk_dim)
@@ -89,7 +89,7 @@ class CoreAttention(nn.Module):
             return
         n = spec.kernel_dim
         if n < 2 or n % 2:
-            raise ValueError(f"kernel_dim is {n}; features come in pairs: an even number from 2 on")
+            raise ValueError(f"kernel_dim is {n}; it must be even, at least 2")
         self.frequencies = torch.empty(n // 2, self.qk_dim)
         self.draw_frequencies(torch.Generator().manual_seed(0))
 
