@@ -8,6 +8,7 @@ from stackwise import kinds
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.data import SourceName
 from stackwise.config.growth import PrecisionName
+from stackwise.config.model import AttentionType
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import OptimizerName
 from stackwise.config.run import StrategyName
@@ -19,6 +20,7 @@ from stackwise.optim.kinds import Optimizer
 
 CLASSES = {"OBJECTIVES": CrossEntropyObjective, "OPTIMIZERS": Optimizer, "STORAGES": Storage}
 NAMES = {
+    "ATTENTION_TYPES": AttentionType,
     "CORPORA": SourceName,
     "CURRICULA": StrategyName,
     "OBJECTIVES": ObjectiveName,
@@ -27,7 +29,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", [name for name in vars(kinds) if name.isupper()])
+@pytest.mark.parametrize(
+    "kind", [name for name, value in vars(kinds).items() if name.isupper() and isinstance(value, dict)]
+)
 def test_every_name_is_allowed_in_a_config_and_leads_to_a_thing_of_its_kind(kind):
     assert typing.get_args(NAMES[kind]) == tuple(vars(kinds)[kind])
     for entry in vars(kinds)[kind].values():

@@ -14,6 +14,9 @@ Labels = Literal["inputs", "positions", "sequences"]
 """What the labels of a batch are: the tokens themselves, the target of each position, the class of each sequence."""
 
 
+_HERE = __name__.removesuffix("kinds")
+
+
 @dataclass(frozen=True)
 class Kind:
     """Where one thing lies: ``module:attribute``, the module below ``stackwise``."""
@@ -22,7 +25,18 @@ class Kind:
 
     def load(self) -> Any:
         module, _, attribute = self.path.partition(":")
-        return getattr(import_module(f"stackwise.{module}"), attribute)
+        return getattr(import_module(_HERE + module), attribute)
+
+
+@dataclass(frozen=True)
+class AttentionKind(Kind):
+    """``model.attention_custom.attention_type``: what makes a ``model.attention.projections.Projections``.
+
+    Attributes:
+        latent: whether keys and values come from a latent, so that the settings ``mla_…`` are used.
+    """
+
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,11 @@ class StorageKind(Kind):
 
     trains: bool = False
 
+
+ATTENTION_TYPES: dict[str, AttentionKind] = {
+    "mha": AttentionKind("model.attention.projections:FullProjections"),
+    "mla": AttentionKind("model.attention.projections:latent", latent=True),
+}
 
 CORPORA: dict[str, CorpusKind] = {
     "python-stdlib": CorpusKind("data.library:library_corpus"),

@@ -111,7 +111,7 @@ IMPOSSIBLE = [
     ),
     (
         "model: {attention_preset: custom, attention_custom: {mla_rkv: 8}}",
-        "model.attention_custom.mla_rkv: 8 is only used when attention_type is mla (attention_type is mha)",
+        "model.attention_custom.mla_rkv: 8 is only used when attention_type is mla",
     ),
     (
         "model: {attention_preset: mlgka, attention_custom: {mla_rope_dim: 8}}",

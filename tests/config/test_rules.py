@@ -13,7 +13,7 @@ FROZEN = "training.progressive.trunk_strategy=frozen"
 PREFIX = (DIFFUSION, DEPTH, "training.diffusion.depth_variant=prefix")
 WHEN_LATENT = "attention_preset is mla_attention, mlgka or custom (attention_preset is null)"
 WHEN_KERNEL = "attention_preset is kernel_attention, mlgka or custom (attention_preset is null)"
-WHEN_MLA = "attention_type is mla (attention_type is mha)"
+WHEN_MLA = "attention_type is mla"
 WHEN_SHARED = "mla_latents is shared (mla_latents is separate)"
 WHEN_KINDS = "kernel_type is gaussian, laplacian or uniform (kernel_type is linear)"
 WHEN_LOGIT = "kernel_meaning is logit (kernel_meaning is weight)"

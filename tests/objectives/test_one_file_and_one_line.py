@@ -1,40 +1,15 @@
-"""An objective from a file of its own and a line in ``kinds.py`` can do all that the others can."""
+"""CONTRIBUTING's objective, one file and a line in ``kinds.py``, can do all that the others can."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import stackwise
+from contributing import examples, package_with
 
-SKIP = '''
-"""The token after next."""
-
-import torch
-
-from stackwise.data.batches import Batch
-from stackwise.model.reading import Reading
-from stackwise.objectives.base import CrossEntropyObjective, Example
-from stackwise.ops.losses import IGNORE
-
-
-class SkipObjective(CrossEntropyObjective):
-    """Position t predicts token t + 2."""
-
-    name = "skip"
-    predicts_every_token = False
-
-    def corrupt(self, batch: Batch) -> Example:
-        tokens = torch.from_numpy(batch.tokens)
-        targets = torch.full_like(tokens[:, 1:], IGNORE)
-        targets[:, :-1] = tokens[:, 2:]
-        return Example(Reading(tokens[:, :-1].contiguous()), targets)
-'''
-LINE = '    "skip": ObjectiveKind("objectives.skip:SkipObjective", attention="causal"),\n'
 SETTINGS = [
     "data.source=files", "data.tokenizer.kind=bytes", "training.progressive.training_objective=skip",
     "model.d_model=16", "model.n_heads=2", "model.d_ff=23", "model.architecture.n_stacks=2",
@@ -46,15 +21,9 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def with_skip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with one new file and one new line."""
+    """A copy of the package with CONTRIBUTING's objective, the token after next."""
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(Path(stackwise.__file__).parent, folder / "stackwise", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "stackwise" / "objectives" / "skip.py").write_text(SKIP)
-    kinds = folder / "stackwise" / "kinds.py"
-    first = '    "clm": '
-    text = kinds.read_text()
-    assert text.count(first) == 1
-    kinds.write_text(text.replace(first, LINE + first))
+    package_with(examples()["An objective"], folder)
     (folder / "text.txt").write_text("abcabcabcabddabcabc" * 400)
     (folder / "config.yaml").write_text("{}\n")
     return folder
@@ -63,7 +32,7 @@ def with_skip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "stackwise", *arguments], capture_output=True, text=True, check=False, cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder), "STACKWISE_CACHE": str(folder / "cache")}, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(folder / "src"), "STACKWISE_CACHE": str(folder / "cache")}, timeout=300,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class AttentionSpec:
             side; default all.
         r_q, r_kv: ranks of latent queries, and of latent keys and values; default: full projections.
         latents: only used with ``r_kv``: ``shared`` or ``separate`` (see ``model.attention.projections``).
+        attention_type: how queries, keys and values are made, by name; default ``mla`` with ``r_kv``, else ``mha``.
         rope_dim: rotary part R of shared latents; default D / 2, made even; 0 without rotary positions.
         v_head_dim: size of a value head of shared latents; default D.
         kernel_type: ``linear`` (the dot product), ``gaussian``, ``laplacian`` or ``uniform``.
@@ -59,6 +60,7 @@ class AttentionSpec:
     r_q: int | None = None
     r_kv: int | None = None
     latents: Latents = "shared"
+    attention_type: str | None = None
     rope_dim: int | None = None
     v_head_dim: int | None = None
     kernel_type: KernelType = "linear"
@@ -69,9 +71,9 @@ class AttentionSpec:
     learned_temperature: bool = False
 
     @property
-    def projections(self) -> Literal["full", "shared", "separate"]:
-        """How queries, keys and values are made: a name in ``model.attention.projections.PROJECTIONS``."""
-        return "full" if self.r_kv is None else self.latents
+    def projections(self) -> str:
+        """How queries, keys and values are made: a name in ``kinds.ATTENTION_TYPES``."""
+        return self.attention_type or ("mha" if self.r_kv is None else "mla")
 
     @property
     def kernel(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,12 +16,18 @@ from stackwise.config.attention import (
     Latents,
 )
 from stackwise.config.section import MAX_BLOCKS, Blocks, PositiveInt, Section, Size, Stacks, as_tuple, conflict
+from stackwise.kinds import ATTENTION_TYPES
+
+if TYPE_CHECKING:
+    AttentionType = str
+else:
+    AttentionType = Literal[tuple(ATTENTION_TYPES)]
 
 
 class AttentionCustomConfig(Section):
     """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
 
-    attention_type: Literal["mha", "mla"] = Field(
+    attention_type: AttentionType = Field(
         "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
     )
     attention_mode: AttentionMode | None = Field(
@@ -275,7 +281,7 @@ class ModelConfig(Section):
                 return custom.mla_latents or "shared"
             case "mlgka":
                 return custom.mla_latents or "separate"
-            case "custom" if custom.attention_type == "mla":
+            case "custom" if ATTENTION_TYPES[custom.attention_type].latent:
                 return custom.mla_latents or "shared"
         return None
 
@@ -313,6 +319,8 @@ class ModelConfig(Section):
     def attention(self, mode: AttentionMode, local: bool = True) -> AttentionSpec:
         """Attention in a direction; ``local``: within ``window``, where there is one."""
         custom, (r_q, r_kv), local = self.attention_custom, self.latent_ranks, local and self.window is not None
+        implied = "mha" if r_kv is None else "mla"
+        chosen = custom.attention_type if self.attention_preset == "custom" else implied
         return AttentionSpec(
             d_model=self.d_model,
             n_heads=self.n_heads,
@@ -329,6 +337,7 @@ class ModelConfig(Section):
             r_q=r_q,
             r_kv=r_kv,
             latents=self.latents or "shared",
+            attention_type=None if chosen == implied else chosen,
             rope_dim=custom.mla_rope_dim,
             v_head_dim=custom.mla_v_head_dim,
             kernel_type=self.kernel_type,

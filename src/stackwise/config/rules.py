@@ -38,7 +38,7 @@ def _using(setting: str) -> tuple[str, ...]:
 _LATENT = ("mla_attention", "mlgka", "custom")
 _KERNEL = ("kernel_attention", "mlgka", "custom")
 _KERNELS = ("gaussian", "laplacian", "uniform")
-_MLA = "is only used when attention_type is mla (attention_type is mha)"
+_MLA = "is only used when attention_type is mla"
 _ENTRY = "is only used in an entry with {values} (this entry has {found})"
 _ONE_RATE = "has no effect when depth_variant is prefix, which gives each Stack a single masking rate"
 

@@ -142,7 +142,7 @@ def canonical(spec: RackSpec) -> RackSpec:
     blocks = []
     for block in spec.blocks:
         attention = block.attention
-        shared = attention.projections == "shared"
+        shared = attention.projections == "mla" and attention.latents == "shared"
         changes: dict[str, Any] = {"dropout": 0.0, "head_dim": attention.head_size}
         changes["v_head_dim"] = (attention.v_head_dim or attention.head_size) if shared else None
         rotary = shared and attention.use_rope

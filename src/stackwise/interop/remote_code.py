@@ -6,8 +6,12 @@ import ast
 import re
 from importlib.resources import files
 
+from stackwise.kinds import ATTENTION_TYPES
+
 _REMOTE = "stackwise.interop.remote."
 _IMPORT = re.compile(r"^from (stackwise\.[\w.]+) import", re.MULTILINE)
+_KIND = re.compile(r'(?<=Kind\(")[\w.]+(?=:)')
+"""In ``kinds.py``: the module where something chosen by name lies."""
 _MAIN = "modeling_stackwise.py"
 _TYPE_CHECKING = re.compile(r"^if TYPE_CHECKING:\n(?:(?: {4}.*)?\n)+", re.MULTILINE)
 
@@ -16,6 +20,7 @@ def remote_sources() -> dict[str, str]:
     """File name → source, of the two modules that transformers loads and of all that they import."""
     sources: dict[str, str] = {}
     waiting = [_REMOTE + _MAIN.removesuffix(".py")]
+    waiting += [f"stackwise.{kind.path.partition(':')[0]}" for kind in ATTENTION_TYPES.values()]
     while waiting:
         module = waiting.pop()
         name = f"{_flat(module)}.py"
@@ -24,7 +29,8 @@ def remote_sources() -> dict[str, str]:
         text = _TYPE_CHECKING.sub("", _source(module))
         ast.parse(text)
         waiting += _IMPORT.findall(text)
-        sources[name] = _IMPORT.sub(lambda found: f"from .{_flat(found[1])} import", text)
+        text = _IMPORT.sub(lambda found: f"from .{_flat(found[1])} import", text)
+        sources[name] = _KIND.sub(lambda found: found[0].replace(".", "_"), text)
     others = sorted(name.removesuffix(".py") for name in sources if name != _MAIN)
     imports = "".join(f"from .{name} import __name__ as _\n" for name in others)
     sources[_MAIN] += f"\n\n# Versions before 5 copy only those files that this one imports itself.\n{imports}"

@@ -44,7 +44,10 @@ class BlockSpec:
     def to_dict(self) -> dict[str, Any]:
         """All fields side by side, those of attention too; ``from_dict`` reads them back exactly."""
         data = asdict(self)
-        return {**data.pop("attention"), **data}
+        attention = data.pop("attention")
+        if attention["attention_type"] is None:  # as in folders that were written before there were others
+            del attention["attention_type"]
+        return {**attention, **data}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -410,7 +410,7 @@ def _laplacian_weighs(
     q: Tensor, k: Tensor, v: Tensor, bandwidth: float, *, seen: Tensor | None, dropout: float, **sight: Any
 ) -> Tensor:
     if seen is not None:
-        raise ValueError("seen cannot be combined with the laplacian kernel as weight")
+        raise ValueError("the laplacian as weight cannot be told which keys each query sees (seen)")
     assert not dropout, "attention refuses dropout of the laplacian's weights when it is made"
     return laplacian_weight_attention(q, k, v, bandwidth, **sight)
 

@@ -59,7 +59,7 @@ class Storage(ABC):
         """The matrix of ``shape`` that ``encode`` stored, in ``dtype``; codes are computed with in fp32."""
 
 
-class _Cast(Storage):
+class Cast(Storage):
     """The weight in a dtype of its own."""
 
     names = ("weight",)
@@ -72,19 +72,19 @@ class _Cast(Storage):
         return stored["weight"].to(dtype)
 
 
-class Full(_Cast):
+class Full(Cast):
     dtype, bytes_per_weight = torch.float32, 4
 
 
-class Half(_Cast):
+class Half(Cast):
     dtype, bytes_per_weight = torch.float16, 2
 
 
-class BFloat16(_Cast):
+class BFloat16(Cast):
     dtype, bytes_per_weight = torch.bfloat16, 2
 
 
-class _Blocks(Storage):
+class Blocks(Storage):
     """Codes, and a scale for every ``block`` of them: a number of fp32, unless ``bytes_per_weight`` says else."""
 
     block: int
@@ -112,7 +112,7 @@ class _Blocks(Storage):
         return values.flatten()[: shape.numel()].view(shape).to(dtype)
 
 
-class Int8(_Blocks):
+class Int8(Blocks):
     block, bytes_per_weight = 128, 1 + 4 / 128
 
     def scaled(self, values: Tensor, scales: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Int8(_Blocks):
         return {"codes": codes.flatten(), "scales": scales}
 
 
-class Fp8(_Blocks):
+class Fp8(Blocks):
     block, bytes_per_weight = 128, 1 + 4 / 128
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class Fp8(_Blocks):
         return {"codes": codes.flatten(), "scales": scales}
 
 
-class _FourBits(_Blocks):
+class FourBits(Blocks):
     """Two codes in a byte; ``table`` says what the 16 codes stand for."""
 
     table: tuple[float, ...]
@@ -147,7 +147,7 @@ class _FourBits(_Blocks):
         return F.embedding(codes.to(torch.int32), pairs).view(-1, self.block)
 
 
-class Nf4(_FourBits):
+class Nf4(FourBits):
     block, bytes_per_weight, table = 64, 1 / 2 + 4 / 64, NF4
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ class Nf4(_FourBits):
         return {"codes": _pack(_nearest(rows / _nonzero(largest)[:, None], NF4)), "scales": largest}
 
 
-class Nvfp4(_FourBits):
+class Nvfp4(FourBits):
     """Its scales are e4m3, times ``scale``, the one of the whole matrix."""
 
     names = ("codes", "scales", "scale")

@@ -171,8 +171,7 @@ def measure_segments(
         final norm, the loss, the way back to the last Stack, and the backward pass of each Stack, last to first.
     """
     trained = {f"{part}/{name}": p for part, name, p in rack.part_parameters() if p.requires_grad}
-    settings = optimizer or OptimizerConfig()
-    kind = optimizer_of(settings)
+    kind = optimizer_of(optimizer or OptimizerConfig())
     state = sum(kind.state_bytes(name, p) for name, p in trained.items())
     updates = {name: kind.step_bytes(name, p) for name, p in trained.items()}
     gradients = sum(bytes_of(p) for p in trained.values())
@@ -182,15 +181,13 @@ def measure_segments(
     ledger = Ledger()
     for tensor in (*stored, inputs, *(() if boundary is None else (boundary,))):
         ledger.ignore(tensor)
-    if settings.in_backward:
+    if kind.settings.in_backward:
         for name, parameter in trained.items():
             parameter.register_post_accumulate_grad_hook(partial(_update, updates[name], micro_batches == 1))
-    largest = 0 if settings.in_backward else max(updates.values(), default=0)
+    largest = 0 if kind.settings.in_backward else max(updates.values(), default=0)
     with ledger:
         activations, logits = _run(rack, ledger, inputs, boundary, compute_dtype, loss_of, largest)
     update = _update_flops(trained, kind)
-    for parameter in trained.values():
-        parameter.grad = None
     held = gradients if micro_batches > 1 else 0  # earlier micro-batches' gradients wait while the next one runs
     entering = 0 if boundary is None else micro_batches * bytes_of(boundary)
     weights = sum(bytes_of(t) for t in stored)
@@ -262,7 +259,9 @@ def _mark_backward(ledger: Ledger, gradient: Tensor) -> None:
 
 
 def _update_flops(trained: Mapping[str, torch.nn.Parameter], kind: Optimizer) -> Flops:
-    """Of one update of what has a gradient, run on these fake tensors; elementwise products do not count."""
+    """Of one update, run on these fake tensors, whose gradients are then gone; elementwise products do not count."""
+    for parameter in trained.values():
+        parameter.grad = None
     multiplied = {name: p for name, p in trained.items() if kind.multiplies(name, p)}
     if not multiplied:
         return Flops()
@@ -272,6 +271,8 @@ def _update_flops(trained: Mapping[str, torch.nn.Parameter], kind: Optimizer) ->
     with Ledger("optimizer") as ledger:
         for optimizer in optimizers:
             optimizer.step()
+    for parameter in multiplied.values():
+        parameter.grad = None
     return ledger.flops
 
 

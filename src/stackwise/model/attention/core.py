@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.attention import AttentionMode, AttentionSpec, KernelType
-from stackwise.model.attention.projections import PROJECTIONS
+from stackwise.errors import allowed
+from stackwise.kinds import ATTENTION_TYPES
+from stackwise.model.attention.projections import Projections
 from stackwise.model.cache import LayerCache, positions_of
 from stackwise.ops.attention import attend
 from stackwise.ops.kernels import KERNELS, LAPLACIAN_TIP, fourier_features
@@ -41,13 +43,13 @@ class CoreAttention(nn.Module):
         super().__init__()
         if spec.n_kv_heads < 1 or spec.n_heads % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads ({spec.n_kv_heads}) must divide n_heads ({spec.n_heads})")
-        if spec.projections not in PROJECTIONS:
-            raise ValueError(f"latents is {spec.latents!r}; allowed: shared, separate")
+        if spec.projections not in ATTENTION_TYPES:
+            raise ValueError(f"attention_type is {spec.projections!r}; {allowed(spec.projections, ATTENTION_TYPES)}")
         self._spec = spec
         self.n_heads, self.n_kv_heads = spec.n_heads, spec.n_kv_heads
         self.dropout, self.window = spec.dropout, spec.window
         self.set_attention_mode(spec.attention_mode)
-        self.projections = PROJECTIONS[spec.projections](spec)
+        self.projections: Projections = ATTENTION_TYPES[spec.projections].load()(spec)
         for name, layer in self.projections.layers().items():
             self.add_module(name, layer)
         self.qk_dim, self.v_dim = self.projections.qk_dim, self.projections.v_dim
@@ -74,7 +76,7 @@ class CoreAttention(nn.Module):
         self.kernel = KERNELS[spec.kernel]
         self.register_buffer("frequencies", None)
         if spec.learned_temperature and (self.kernel is None or spec.kernel_meaning == "weight"):
-            raise ValueError("learned_temperature requires a kernel with kernel_meaning logit")
+            raise ValueError("learned_temperature goes with kernels as logits")
         if self.kernel is None:
             return
         default = self.kernel.default_bandwidth(spec.kernel_meaning, self.qk_dim)
@@ -89,7 +91,7 @@ class CoreAttention(nn.Module):
             return
         n = spec.kernel_dim
         if n < 2 or n % 2:
-            raise ValueError(f"kernel_dim is {n}; it must be even, at least 2")
+            raise ValueError(f"kernel_dim is {n}; features come in pairs: an even number from 2 on")
         self.frequencies = torch.empty(n // 2, self.qk_dim)
         self.draw_frequencies(torch.Generator().manual_seed(0))
 

@@ -6,7 +6,6 @@ B batch, T tokens, S keys, C width, H query heads, G key/value heads, D head siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class FullProjections(Projections):
         if spec.r_q is not None and spec.r_kv is None:
             raise ValueError(f"r_q ({spec.r_q}) without r_kv: latent attention needs the rank of keys and values")
         if spec.rope_dim is not None or spec.v_head_dim is not None:
-            raise ValueError("rope_dim and v_head_dim are only used with shared latents; give r_kv")
+            raise ValueError("rope_dim and v_head_dim are of shared latents; give r_kv")
         super().__init__(spec, spec.head_size if spec.use_rope else 0, spec.head_size, spec.head_size)
 
     def layers(self) -> dict[str, nn.Module]:
@@ -183,11 +182,11 @@ class SharedLatent(Projections):
 
 def _refuse_norms(spec: AttentionSpec) -> None:
     if spec.qk_norm:
-        raise ValueError("qk_norm cannot be combined with latent attention, which has its own norms")
+        raise ValueError("qk_norm goes with full projections; latents have norms of their own")
 
 
-PROJECTIONS: dict[str, Callable[[AttentionSpec], Projections]] = {
-    "full": FullProjections,
-    "separate": SeparateLatents,
-    "shared": SharedLatent,
-}
+def latent(spec: AttentionSpec) -> Projections:
+    """``mla``: of the two kinds of latents, the one that the spec names."""
+    if spec.latents not in ("shared", "separate"):
+        raise ValueError(f"latents is {spec.latents!r}; allowed: shared, separate")
+    return SharedLatent(spec) if spec.latents == "shared" else SeparateLatents(spec)
