@@ -152,7 +152,7 @@ def test_names_that_are_no_kernel_are_refused_with_those_that_are(field, value, 
     ({"kernel_type": "uniform"}, "exact for gaussian, laplacian; not for uniform"),
     ({"kernel_type": "laplacian", "kernel_norm": "l1"}, "exact for gaussian, laplacian; not for laplacian_l1"),
     ({"kernel_type": "laplacian", "dropout": 0.1}, "laplacian as weight has no dropout"),
-    ({"kernel_type": "gaussian", "learned_temperature": True}, "learned_temperature goes with kernels as logits"),
+    ({"kernel_type": "gaussian", "learned_temperature": True}, "learned_temperature needs a kernel as logit"),
 ])  # fmt: skip
 def test_only_an_exact_kernel_is_a_weight(fields, message):
     with pytest.raises(ValueError, match=message):

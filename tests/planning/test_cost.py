@@ -228,7 +228,7 @@ def real_phase(phase, settings, compute_dtype, mode):
     model.checkpoint_activations(settings.training.activation_checkpointing)
     offload, away = Offload(torch.device("cpu")), {}
     for stack in model.stacks:
-        if stack.stack_id in phase.away(settings.training.offload):
+        if stack.stack_id in phase.offloaded(settings.training.offload):
             kept = away[stack.stack_id] = {name: t.clone() for name, t in stack.own_tensors().items()}
             offload.send(stack, lambda kept=kept: {name: t.clone() for name, t in kept.items()})
     training = settings.training

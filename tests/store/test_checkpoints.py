@@ -417,7 +417,7 @@ def test_a_torn_or_edited_manifest_is_noticed(tmp_path: Path) -> None:
             CheckpointStore(tmp_path).load()
         assert_one_line(error, "step 2", str(path), "damaged", "step 1 is intact")
     path.write_bytes((tmp_path / "step-00000001.json").read_bytes())
-    with pytest.raises(CheckpointError, match="it is of step 1"):
+    with pytest.raises(CheckpointError, match="it belongs to step 1"):
         CheckpointStore(tmp_path).load()
 
 

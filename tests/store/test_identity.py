@@ -214,7 +214,7 @@ def test_a_newest_checkpoint_older_than_the_summary_is_said(run, capsys) -> None
     (run / "checkpoints" / "newest").unlink()
     for command in ("resume", "eval"):
         said = error(capsys, 1, command, run)
-        assert "summary.json is of step 12, but the newest checkpoint is of step 10: the last one is lost" in said
+        assert "summary.json belongs to step 12, but the newest checkpoint to step 10: the last one is lost" in said
 
 
 def test_a_run_that_is_to_go_on_from_an_earlier_step_is_incomplete_before_its_checkpoints_go(run, monkeypatch) -> None:

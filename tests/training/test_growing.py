@@ -139,8 +139,8 @@ def trained(phases, *overrides, run=None, checkpoint=None, recorder=None, valida
         rack = create_rack_from_config(settings, n_stacks=n_stacks, vocab_size=V)
     else:
         phase = phases[min(checkpoint.state["run"]["phase"], len(phases) - 1)]
-        away = phase.away(settings.training.offload) & set(checkpoint.state["stacks"])
-        rack = rack_of_checkpoint(checkpoint, settings, V, away)
+        offloaded = phase.offloaded(settings.training.offload) & set(checkpoint.state["stacks"])
+        rack = rack_of_checkpoint(checkpoint, settings, V, offloaded)
     recorder = recorder or Recorder()
     objective = CausalObjective()
     source = TokenSource(ProgressiveDataLoader(TOKENS, settings), objective)
@@ -318,7 +318,7 @@ def test_the_trunk_is_not_in_memory_while_a_stack_trains_from_the_cache(tmp_path
     for start, trunk in zip(recorder.starts, ((), (0,), (0, 1))):
         for name, tensor in start.items():
             assert tensor.is_meta == any(name.startswith(f"stack.{k}/") for k in trunk), name
-    assert loop.context.placement.offload.away == {0, 1}
+    assert loop.context.placement.offload.offloaded == {0, 1}
 
 
 @pytest.mark.parametrize("extra", [(), ("model.dropout=0.3",), ("training.activation_checkpointing=true",)])

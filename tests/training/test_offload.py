@@ -75,7 +75,7 @@ def step(model):
 def test_two_stacks_at_most_are_in_memory_and_gradients_are_bit_identical(precision):
     model, resident, offload = rack(precision), rack(precision), Offload(torch.device("cpu"))
     sources = Sources(model, offload, range(1, N))
-    assert offload.away == set(range(1, N))
+    assert offload.offloaded == set(range(1, N))
     assert all(t.is_meta for k in range(1, N) for t in model.stacks[k].own_tensors().values())
     wanted, gradients = step(resident)
     gc.disable()  # what is let go is let go at once, not when cycles are collected
@@ -127,16 +127,16 @@ def test_a_stack_that_is_brought_back_is_what_it_was():
     found = {f"{part}/{name}": tensor for part, name, tensor in all_tensors(model, offload)}
     assert found.keys() == there.keys() and all(torch.equal(found[name], there[name]) for name in there)
     with offload.holding(model.stacks[2]):
-        assert offload.away == {4} and model.stacks[2].fetch is None
+        assert offload.offloaded == {4} and model.stacks[2].fetch is None
         assert not any(t.is_meta for t in model.stacks[2].state_dict().values())
         calls = len(sources.calls)
         model(Reading(boundary=torch.randn(1, 5, 26), start=2, stop=3, finished=False))
         assert len(sources.calls) == calls
-    assert offload.away == {2, 4}
+    assert offload.offloaded == {2, 4}
     for k in (2, 4):
         offload.bring(model.stacks[k])
     offload.bring(model.stacks[4])  # at home already
-    assert not offload.away
+    assert not offload.offloaded
     for part, name, tensor in model.part_tensors():
         assert torch.equal(tensor, there[f"{part}/{name}"]), (part, name)
     assert not any(p.requires_grad for n, p in model.stacks[2].named_parameters() if ".adapters." not in n)

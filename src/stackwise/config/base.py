@@ -143,7 +143,7 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def _setting(key: str) -> tuple[type[Section] | None, FieldInfo | None]:
-    """The section that ``key`` is of, and its field; ``None`` for old keys, ConfigError for unknown ones."""
+    """The section that ``key`` belongs to, and its field; ``None`` for old keys, ConfigError for unknown ones."""
     path = tuple(key.split("."))
     section = section_of(StackWiseConfig, path[:-1])
     field = section.model_fields.get(path[-1]) if section else None

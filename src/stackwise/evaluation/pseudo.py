@@ -31,7 +31,7 @@ def pseudo_perplexity(
         mask_id: the mask token; special_ids: tokens that are not scored.
         tokens: 1-D ids; windows of ``seq_len`` are spread evenly over them.
         batch_size: windows at a time, each with another token masked.
-        max_tokens: so many are scored, in whole windows, one at least.
+        max_tokens: how many are scored at most, in whole windows; at least one window is.
     """
     special = np.array(sorted(special_ids))
     total, count = 0.0, 0

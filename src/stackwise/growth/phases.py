@@ -111,7 +111,7 @@ class Phase:
         parts = (name.partition("/")[0] for name in self.trains)
         return {int(part.removeprefix("stack.")) for part in parts if part.startswith("stack.")}
 
-    def away(self, offload: Literal["none", "host", "disk"]) -> set[int]:
+    def offloaded(self, offload: Literal["none", "host", "disk"]) -> set[int]:
         """Ids of offloaded Stacks: those that never run, and with ``offload`` all frozen ones."""
         unused = set(self.stacks[: self.enters]) if self.cached else set()
         return unused if offload == "none" else unused | (set(self.stacks) - self.trained_stacks)

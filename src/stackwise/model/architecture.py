@@ -69,7 +69,7 @@ def create_block_spec(
         numbers["n_kv_heads"] = n_heads if n_kv_heads is None else n_kv_heads
     else:
         attention = {"attention_preset": attention_preset, "attention_custom": dict(attention_custom or {})}
-        # The objective custom goes with either direction, and is causal where the preset leaves it open.
+        # The objective custom allows either direction, and is causal where the preset leaves it open.
         training = {"progressive": {"training_objective": "custom"}}
         config = StackWiseConfig.from_dict({"model": {**numbers, **attention}, "training": training})
         numbers = BlockSpec(**config.block_fields()).to_dict()

@@ -21,7 +21,7 @@ class LayerCache:
 
     Args:
         max_tokens: of the whole sequence.
-        window: local attention: only so many tokens are held, whatever ``max_tokens`` is.
+        window: local attention: only that many tokens are held, whatever ``max_tokens`` is.
     """
 
     def __init__(self, max_tokens: int, window: int | None = None) -> None:

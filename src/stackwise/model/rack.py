@@ -190,7 +190,7 @@ class Rack(nn.Module):
         past, seen = 0, None
         if cache is not None:
             if ids is None or reading.block_length is not None:
-                raise ValueError("a key/value cache goes with token ids, and without block_length")
+                raise ValueError("a key/value cache needs token ids and no block_length")
             past, mask = cache.length, cache.extend_mask(mask, B, T, ids.device)
         positions = None if mask is None else positions_of(mask)[:, -T:]
         if reading.clean is not None:
@@ -269,7 +269,7 @@ class Rack(nn.Module):
         return x if self.head is None else self.head(x)
 
     def _head(self, classes: int | None) -> tuple[Tensor, Tensor | None]:
-        """The matrix (V, C) of the head and its bias (V,), if it has one; of ``classes`` only so many rows."""
+        """The matrix (V, C) of the head and its bias (V,), if it has one; with ``classes``, only that many rows."""
         own = None if self.head is None else self.head.weight
         weight: Tensor = self.embedding.table() if own is None else own
         bias: Tensor | None = None if self.head is None else self.head.bias

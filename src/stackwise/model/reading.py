@@ -35,7 +35,7 @@ class Reading:
             embedding.
         start, stop: the places of the first Stack that runs and of the one after the last; default all.
         time: (B,) fp32 noise levels in [0, 1], for Blocks that are conditioned on them. With ``stages``: (B, K).
-        block_length: a token sees its own block of so many tokens and the blocks before, in place of the Blocks'
+        block_length: a token sees its own block of that many tokens and the blocks before, in place of the Blocks'
             attention mode.
         clean: (B, T), with ``block_length``: the tokens without noise, read in the same pass. A token of ``ids`` sees
             its own block there and the earlier blocks here (2503.09573 §3.1). The hidden state is that of ``ids``.

@@ -34,7 +34,7 @@ class Example:
         reading: of B rows of T tokens.
         targets: (B, T) int64; ``IGNORE`` where nothing is predicted. Of sequences: (B,).
         weights: (B, T) fp32, of each position's cross-entropy; ``None``: 1.
-        counted: (B,), the number of tokens that each row's loss is of; ``None``: the positions that have a target.
+        counted: (B,), the number of tokens that each row's loss covers; ``None``: the positions that have a target.
     """
 
     reading: Reading
@@ -63,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """Of each row of a batch: nats, and the tokens that they are of; in all: how many were the likeliest, of how many.
+    """For each row of a batch: nats, and how many tokens they cover; in all: how many tokens were the likeliest.
 
     ``rates``, ``means`` (B,): of objectives with noise, the share of tokens masked and the mean nats of those.
     """
@@ -81,7 +81,7 @@ class Objective(Protocol):
 
     name: str
     predicts_every_token: bool
-    """Whether the score is of the likelihood of the whole text, so that bits per byte mean something."""
+    """Whether the score covers the likelihood of the whole text, so that bits per byte mean something."""
     special_ids: frozenset[int]
     """Tokens of a text that are given and never predicted: neither their nats nor their number count. Of clm: none."""
     is_bound: bool

@@ -106,7 +106,7 @@ def validate(
     Args:
         tokens: 1-D ids.
         bytes_per_token: bytes of text per token of this set, end tokens among them; ``None``: not known.
-        max_tokens: score about so many, in windows spread evenly; default all.
+        max_tokens: about how many are scored, in windows spread evenly; default all.
         draws: masks drawn for each window, where the objective is a bound.
         progress: called with windows done and in all.
     """

@@ -56,7 +56,7 @@ class _Kind:
     precision: PrecisionName
     trains: tuple[str, ...]
     adapters: tuple[Adapter, ...]
-    away: bool
+    offloaded: bool
 
     @property
     def needs_gradients(self) -> bool:
@@ -139,14 +139,14 @@ class PhaseCoster:
         for name in phase.trains:
             part, _, rest = name.partition("/")
             within.setdefault(part, []).append(rest)
-        away = self._away(phase)
+        offloaded = self._offloaded(phase)
         kinds = tuple(
             _Kind(
                 self._blocks(k, phase),
                 phase.precision_of(k),
                 tuple(sorted(within.pop(f"stack.{k}", ()))),
                 tuple(replace(a, stack=0) for a in phase.adapters if a.stack == k),
-                k in away,
+                k in offloaded,
             )
             for k in phase.stacks
         )
@@ -161,9 +161,9 @@ class PhaseCoster:
             return blocks
         return tuple(replace(b, attention=replace(b.attention, attention_mode=phase.attention)) for b in blocks)
 
-    def _away(self, phase: Phase) -> set[int]:
+    def _offloaded(self, phase: Phase) -> set[int]:
         offload = self.config.training.offload
-        return set() if offload == "host" and self.device == "cpu" else phase.away(offload)
+        return set() if offload == "host" and self.device == "cpu" else phase.offloaded(offload)
 
     def _measure(self, kinds: tuple[_Kind, ...], others: tuple[str, ...], phase: Phase) -> PhaseCost:
         training = self.config.training
@@ -175,14 +175,14 @@ class PhaseCoster:
             first = 0
         before = [self._stack_facts(kind) for kind in kinds[:first]]
         cost, _ = self._step_of(kinds[first:], others, first > 0)
-        sizes = [self._stack_facts(kind).own_bytes for kind in kinds[first:] if kind.away]
-        rest_away, largest_away = sum(sizes), max(sizes, default=0)
-        waiting = sum(facts.own_bytes for kind, facts in zip(kinds, before) if kind.away)
-        streamed = sorted(facts.own_bytes for kind, facts in zip(kinds, before) if kind.away)
+        sizes = [self._stack_facts(kind).own_bytes for kind in kinds[first:] if kind.offloaded]
+        rest_offloaded, largest_offloaded = sum(sizes), max(sizes, default=0)
+        waiting = sum(facts.own_bytes for kind, facts in zip(kinds, before) if kind.offloaded)
+        streamed = sorted(facts.own_bytes for kind, facts in zip(kinds, before) if kind.offloaded)
         elsewhere = self._embedding_bytes() if phase.cached and self.device != "cpu" else 0
         micro_batches = training.batch_size // self._micro
-        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest_away - elsewhere
-        peak = cost.peak - cost.weights + resident + largest_away  # a second Stack is on its way
+        resident = cost.weights + sum(facts.bytes for facts in before) - waiting - rest_offloaded - elsewhere
+        peak = cost.peak - cost.weights + resident + largest_offloaded  # a second Stack is on its way
         batch = micro_batches * self._micro * training.seq_len * self._spec.d_model * 4
         cached = phase.cached
         below = [facts.flops * micro_batches for facts in before]
@@ -206,8 +206,8 @@ class PhaseCoster:
             peak -= batch - batch // micro_batches  # one micro-batch at a time passes the Stacks before
         host = 0
         if self.device != "cpu":
-            moving = max((largest_away, *streamed))
-            host = elsewhere + (waiting + rest_away if training.offload == "host" else 2 * moving)
+            moving = max((largest_offloaded, *streamed))
+            host = elsewhere + (waiting + rest_offloaded if training.offload == "host" else 2 * moving)
             host += READ_AHEAD * batch * cached
         return replace(
             cost,
@@ -215,7 +215,7 @@ class PhaseCoster:
             kinds=sum(below, cost.kinds),
             weights=resident,
             peak=peak,
-            waiting=waiting + rest_away + elsewhere,
+            waiting=waiting + rest_offloaded + elsewhere,
             roll_flops=rolls if cached else (),
             host=host,
         )
@@ -259,7 +259,7 @@ class PhaseCoster:
         adapters = tuple(replace(a, stack=i) for i, kind in enumerate(kinds) for a in kind.adapters)
         set_trainable(rack, (*others, *trains), adapters)
         for stack, kind in zip(rack.stacks, kinds):
-            if kind.away:
+            if kind.offloaded:
                 stack.fetch = partial(_copies, stack.own_tensors())
         runtime = RUNTIME_BYTES + COMPILER_BYTES * training.compile if self.device == "cpu" else 0
         return measure_segments(
@@ -302,7 +302,7 @@ class PhaseCoster:
         return stack
 
     def _stack_facts(self, kind: _Kind) -> _StackFacts:
-        key = replace(kind, trains=(), away=False)
+        key = replace(kind, trains=(), offloaded=False)
         if key not in self._facts:
             rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
             stack = self._stack(0, kind)

@@ -163,7 +163,7 @@ def peak_flops(device: torch.device, compute_dtype: torch.dtype | None) -> float
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """The best FLOP/s of products of two square matrices, tried for so many ``seconds`` at each size.
+    """The best FLOP/s of products of two square matrices; each size is tried for ``seconds``.
 
     The best, since other work on the machine only slows a product down. An accelerator needs large matrices to fill it,
     and several products in a row to hide what starting one takes.

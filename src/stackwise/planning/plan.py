@@ -60,7 +60,7 @@ def plan_phases(
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens of the whole run; costs are of one step.
+    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens are those of the whole run, costs those of one step.
 
     ``limit``: bytes of the device; ``None``: not known. The other limits are the machine's.
     """

@@ -30,7 +30,7 @@ NEW, TRAINED, FROZEN = "#e08a1e", "#4a86c5", "#c9ced6"
 INK, FAINT, LINE, DOT = "#24292f", "#8c959f", "#1f5fa8", "#c2361f"
 BANDS = ("#f3f6fa", "#e6ecf3")
 MOST_POINTS = 400
-"""Points of a curve; a longer one is averaged down to so many."""
+"""Points of a curve; a longer one is averaged down to this many."""
 
 FONT = "DejaVu Sans"
 """Comes with matplotlib, which measures with it; Verdana, where a viewer lacks it, is as wide."""

@@ -52,7 +52,7 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained Rack in evaluation mode, its config, and the checkpoint that it is of.
+    """A trained Rack in evaluation mode, its config, and the checkpoint that it comes from.
 
     ``known_tokenizer`` is None where a trainer was given none.
     """
@@ -103,7 +103,7 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
     end = run.steps_of_summary()
     if end is not None and newest < end:
         raise RunError(
-            f"{run.path}: summary.json is of step {end}, but the newest checkpoint is of step {newest}: the last one "
+            f"{run.path}: summary.json belongs to step {end}, but the newest checkpoint to step {newest}: the last one "
             f"is lost; --step {newest} uses this one, stackwise resume {run.path} --step {newest} continues from it"
         )
 
@@ -292,7 +292,7 @@ def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: int | N
     """The checkpoint of ``step``, or the newest; ``None`` where a run without one begins.
 
     Raises:
-        UserError: the checkpoint is of another config, or of a run that was not trained here.
+        UserError: the checkpoint belongs to another config, or to a run that was not trained here.
         RunError: it is damaged or lost.
     """
     store, settings = CheckpointStore(run.checkpoints), config.training.checkpoint
@@ -311,9 +311,9 @@ def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: int | N
 def rack_to_go_on_with(run: RunDir, checkpoint: Checkpoint, config: StackWiseConfig, planned: Planned) -> Rack:
     """The Rack of ``checkpoint``; the Stacks that its phase leaves in the store stay there, verified."""
     phase = planned.phases[min(checkpoint.state["run"]["phase"], len(planned.phases) - 1)]
-    away = phase.away(config.training.offload) & set(checkpoint.state["stacks"])
-    CheckpointStore(run.checkpoints).verify(checkpoint, [f"stack.{k}" for k in sorted(away)])
-    return rack_of_checkpoint(checkpoint, config, planned.vocab_size, away)
+    offloaded = phase.offloaded(config.training.offload) & set(checkpoint.state["stacks"])
+    CheckpointStore(run.checkpoints).verify(checkpoint, [f"stack.{k}" for k in sorted(offloaded)])
+    return rack_of_checkpoint(checkpoint, config, planned.vocab_size, offloaded)
 
 
 def _refuse_if_too_large(planned: Planned) -> None:

@@ -308,7 +308,7 @@ class CheckpointStore:
             if digest != _digest_of(data):
                 raise ValueError("its content does not match its sha256")
             if type(data["step"]) is not int or data["step"] != step:
-                raise ValueError(f"it is of step {data['step']}")
+                raise ValueError(f"it belongs to step {data['step']}")
             if data["format"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"the checkpoint of step {step} has format {data['format']} in {path}; "
@@ -381,7 +381,7 @@ class CheckpointStore:
     # Writing.
 
     def _reusable(self, name: str, tensors: Mapping[str, Tensor]) -> StoredObject | None:
-        """The object of an unchanged part, where this process knows it to be good and it is of this part's size."""
+        """The object of an unchanged part, where this process knows it to be good and its size fits."""
         entry = self._latest.get(name)
         if entry is None or entry.sha256 not in self._verified or not self._holds(entry):
             return None

@@ -26,12 +26,12 @@ def structure(rack: Rack) -> dict[str, Any]:
 
 
 def rack_of_checkpoint(
-    checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int, away: Collection[int] = ()
+    checkpoint: Checkpoint, config: StackWiseConfig, vocab_size: int, offloaded: Collection[int] = ()
 ) -> Rack:
     """The Rack of a checkpoint, with its weights.
 
     Args:
-        away: ids of Stacks that stay on the meta device; their adapters are read all the same.
+        offloaded: ids of Stacks that stay on the meta device; their adapters are read all the same.
 
     Raises:
         UserError: a tensor is missing or has another shape or dtype than the config's.
@@ -39,7 +39,7 @@ def rack_of_checkpoint(
     with torch.device("meta"):
         rack = Rack(rack_spec_from_config(config, checkpoint.state["stacks"], vocab_size))
         _store_and_adapt(rack, checkpoint)
-    _fill(rack, checkpoint, away)
+    _fill(rack, checkpoint, offloaded)
     return rack
 
 
@@ -59,8 +59,8 @@ def _store_and_adapt(rack: Rack, checkpoint: Checkpoint) -> None:
     restore(rack, checkpoint.state.get("adapters", []))
 
 
-def _fill(rack: Rack, checkpoint: Checkpoint, away: Collection[int]) -> None:
-    unread = {f"stack.{k}" for k in away}
+def _fill(rack: Rack, checkpoint: Checkpoint, offloaded: Collection[int]) -> None:
+    unread = {f"stack.{k}" for k in offloaded}
     for part, wanted in rack.tensors_by_part().items():
         if part in unread:
             continue

@@ -36,7 +36,7 @@ class TrainingCheck:
         self._frozen = {
             f"{part}/{name}": p
             for part, name, p in rack.part_parameters()
-            if f"{part}/{name}" not in trained and not p.is_meta  # what is away is read only
+            if f"{part}/{name}" not in trained and not p.is_meta  # offloaded weights are only read
         }
         self._before = {name: fingerprint(p) for name, p in {**self._trained, **self._frozen}.items()}
         self._waiting = set(self._trained)

@@ -91,7 +91,7 @@ class Boundaries:
         source: of the tokens.
         config: micro-batches and ``training.cache``.
         device, compute_dtype: where, and in what products run.
-        offload: the Stacks that are away; one is held while it runs over all batches.
+        offload: reads the offloaded Stacks; one is held while it runs over all batches.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Offloaded Stacks: their weights are kept off the device and brought there one Stack at a time.
 
-An offloaded Stack (*away*) keeps its adapters; its other tensors are on the meta device and are fetched for a forward
+An offloaded Stack keeps its adapters; its other tensors are on the meta device and are fetched for a forward
 pass (and again for the backward pass, which recomputes it), while a thread reads the one that will probably be next,
 and on cuda copies it to the device from page-locked memory, on a stream of its own beside the stream that computes.
 """
@@ -41,7 +41,7 @@ class Offload:
         self._follows: dict[tuple[int | None, int | None], int] = {}
 
     @property
-    def away(self) -> set[int]:
+    def offloaded(self) -> set[int]:
         """Ids of offloaded Stacks."""
         return set(self._sources)
 
@@ -125,8 +125,8 @@ class Offload:
 
 def all_tensors(rack: Rack, offload: Offload | None = None) -> Iterator[tuple[str, str, Tensor]]:
     """``Rack.part_tensors``, with those of offloaded Stacks; each Stack's are let go before the next one's come."""
-    away = {} if offload is None else {f"stack.{k}": source for k, source in offload._sources.items()}
+    offloaded = {} if offload is None else {f"stack.{k}": source for k, source in offload._sources.items()}
     for part, module in rack.parts().items():
-        fetched = dict(away[part]()) if part in away else {}
+        fetched = dict(offloaded[part]()) if part in offloaded else {}
         for name, tensor in module.state_dict(keep_vars=True).items():
             yield rack.part_of(part, name), name, fetched.get(name, tensor)

@@ -43,21 +43,21 @@ class Placement:
 
     def place(self, phase: Phase) -> None:
         """Puts the Rack on the device, but offloads the Stacks that ``phase`` does not need there."""
-        away = phase.away(self._where)
+        offloaded = phase.offloaded(self._where)
         if self._store is None and self.device.type == "cpu":
-            away = set()  # this machine's memory is the device's
+            offloaded = set()  # this machine's memory is the device's
         for name, module in self.rack.parts().items():
             if not isinstance(module, Stack):
                 waits = name == "embedding" and phase.cached and not self.rack.tied
                 module.to("cpu" if waits else self.device)
                 continue
-            if module.stack_id not in away:
+            if module.stack_id not in offloaded:
                 self.offload.bring(module)
                 module.to(self.device)
                 continue
             for _, layer in linears(module):
                 layer.adapters.to(self.device)
-            if module.stack_id not in self.offload.away:
+            if module.stack_id not in self.offload.offloaded:
                 self.offload.send(module, self._source_of(module))
 
     def _source_of(self, stack: Stack) -> Source:
@@ -87,14 +87,14 @@ class Placement:
 
     def hash_of(self, stack: Stack) -> str:
         """Of the weights of ``stack``, without its adapters."""
-        if self._store is not None and stack.stack_id in self.offload.away:
+        if self._store is not None and stack.stack_id in self.offload.offloaded:
             return self._store.hash_of(f"stack.{stack.stack_id}")
         return weights_sha256(stack.own_tensors().items())
 
     def parts(self) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
         """The tensors of each part for a checkpoint, and the parts that are in its store already."""
-        away = {f"stack.{k}" for k in self.offload.away}
-        deposited = away if self._store is not None else set()
+        offloaded = {f"stack.{k}" for k in self.offload.offloaded}
+        deposited = offloaded if self._store is not None else set()
         parts: dict[str, dict[str, Tensor]] = {}
         for part, name, tensor in self.rack.part_tensors() if deposited else all_tensors(self.rack, self.offload):
             if part not in deposited:

@@ -181,10 +181,10 @@ def compile_stacks(rack: Rack, compiled: bool, offload: Offload, stack: ExitStac
         return
     # Fresh graphs: a compiled graph does not notice that requires_grad changed.
     torch._dynamo.reset()
-    # The limits are of one piece of code, which all Stacks share: each may differ from the others.
+    # The limits apply to one piece of code, which all Stacks share: each may differ from the others.
     limits = ("recompile_limit", "accumulated_recompile_limit")
     wider = {name: getattr(torch._dynamo.config, name) * len(rack.stacks) for name in limits}
     stack.enter_context(torch._dynamo.config.patch(wider))
     for module in rack.stacks:
-        if module.stack_id not in offload.away:
+        if module.stack_id not in offload.offloaded:
             module.compile(dynamic=False)

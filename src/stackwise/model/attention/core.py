@@ -76,7 +76,7 @@ class CoreAttention(nn.Module):
         self.kernel = KERNELS[spec.kernel]
         self.register_buffer("frequencies", None)
         if spec.learned_temperature and (self.kernel is None or spec.kernel_meaning == "weight"):
-            raise ValueError("learned_temperature goes with kernels as logits")
+            raise ValueError("learned_temperature needs a kernel as logit")
         if self.kernel is None:
             return
         default = self.kernel.default_bandwidth(spec.kernel_meaning, self.qk_dim)

@@ -68,7 +68,7 @@ class FullProjections(Projections):
         if spec.r_q is not None and spec.r_kv is None:
             raise ValueError(f"r_q ({spec.r_q}) without r_kv: latent attention needs the rank of keys and values")
         if spec.rope_dim is not None or spec.v_head_dim is not None:
-            raise ValueError("rope_dim and v_head_dim are of shared latents; give r_kv")
+            raise ValueError("rope_dim and v_head_dim are only used with shared latents; give r_kv")
         super().__init__(spec, spec.head_size if spec.use_rope else 0, spec.head_size, spec.head_size)
 
     def layers(self) -> dict[str, nn.Module]:
@@ -182,7 +182,7 @@ class SharedLatent(Projections):
 
 def _refuse_norms(spec: AttentionSpec) -> None:
     if spec.qk_norm:
-        raise ValueError("qk_norm goes with full projections; latents have norms of their own")
+        raise ValueError("qk_norm needs full projections; latents have norms of their own")
 
 
 def latent(spec: AttentionSpec) -> Projections:
