@@ -22,6 +22,19 @@ data: {source: files, path: text.txt, tokenizer: {kind: bytes}}
 TEXT = "".join(f"The {n}th line says {n * n}, and that is all it says.\n" for n in range(300))
 
 
+ONE_PROCESS = """
+import contextlib, io, json, sys
+from stackwise.cli.main import main
+outputs = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(command) == 0, command
+    outputs.append(said.getvalue())
+print(json.dumps(outputs))
+"""
+"""The commands one after another: importing torch anew for each would take most of the time."""
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory):
     """Adds an example to a copy of the package, runs its commands, and gives their outputs and the folder."""
@@ -37,16 +50,14 @@ def extended(tmp_path_factory: pytest.TempPathFactory):
             )
         )
         environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "STACKWISE_CACHE": str(folder / "cache")}
-        outputs = []
-        for command in example.commands:
-            program, *arguments = shlex.split(command)
-            assert program == "stackwise"
-            done = subprocess.run(
-                [sys.executable, "-m", "stackwise", *arguments],
-                cwd=folder, env=environment, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            outputs.append(done.stdout)
+        commands = [shlex.split(command) for command in example.commands]
+        assert all(program == "stackwise" for program, *_ in commands)
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_PROCESS, json.dumps([arguments for _, *arguments in commands])],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outputs = json.loads(done.stdout)
         return outputs, folder
 
     return run

@@ -125,7 +125,7 @@ def boundary_of(rack: Rack) -> Tensor:
 
 
 def pseudo(rack: Rack) -> Tensor:
-    found = pseudo_perplexity(rack, objective_of("mlm"), TOKENS.ravel(), T, 4, 13)
+    found = pseudo_perplexity(rack, MASK, KNOWN["special_ids"], TOKENS.ravel(), T, 4, 13)
     return torch.tensor(found["pseudo_perplexity"])
 
 

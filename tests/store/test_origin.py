@@ -60,7 +60,8 @@ def test_a_run_of_somebody_else_reads_and_writes_nothing_outside_unasked(
             patched.setattr(module, name, lambda *arguments: pytest.fail("something outside was used"))
         said = refusal(capsys, command[0], received, *command[1:])
     assert said == (
-        f"{received}: its data.path names '{tmp_path}/text.txt', outside the run, and nothing shows that you set it; "
+        f"{received}: its data.path names '{tmp_path}/text.txt', which is outside the run, and nothing shows that you "
+        "set it; "
         "--trust-paths uses it all the same" + (", --data F scores other text" if command == ["eval"] else "")
     )
     assert not (tmp_path / "cache").exists()
