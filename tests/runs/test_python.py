@@ -344,6 +344,8 @@ def test_an_interrupted_trainer_stops_with_a_checkpoint_and_goes_on(tmp_path):
 
     with pytest.raises(StoppedBySignal, match="step 2; its checkpoint is saved"):
         train(config(), tmp_path / "run", on_step=interrupt)
+    with pytest.raises(StoppedBySignal, match="step 2; nothing is saved"):
+        train(config(), None, on_step=interrupt)
     steps = []
     train(config(), tmp_path / "run", resume=True, on_step=lambda seen: steps.append(seen["step"]))
     assert steps == list(range(3, 9))

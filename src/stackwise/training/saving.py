@@ -30,6 +30,11 @@ class Saver:
         self._tracker = Tracker(run.path if run and tensorboard else None)
         self._unchanged: set[str] = set()
 
+    @property
+    def saves(self) -> bool:
+        """Whether there is a place for checkpoints."""
+        return self._store is not None
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         if self._run is not None:
             self._run.append_metrics(dict(metrics))
