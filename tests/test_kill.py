@@ -227,6 +227,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in clock} | {"phases": p} for row, p in zip(rows, phases)]
 
 
+@pytest.mark.slow  # kills of compare are also in `make kill`
 def test_compare_stops_with_its_child_and_goes_on_to_the_same_table(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

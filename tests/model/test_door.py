@@ -253,5 +253,5 @@ def test_a_reading_of_nothing_is_refused():
     with pytest.raises(ValueError, match="token ids or the hidden state"):
         rack_of("clm")(Reading())
     rack = rack_of("diffusion")
-    with pytest.raises(ValueError, match="without block_length"):
+    with pytest.raises(ValueError, match="no block_length"):
         rack(Reading(PROMPT, block_length=2, cache=rack.make_cache(5)))

@@ -395,6 +395,7 @@ def test_a_joint_phase_after_growing_trains_all_levels_and_all_weights(folder, t
     assert summary["validation"]["bits_per_byte"] > 0 and summary["nelbo"]["draws"] == 1
 
 
+@pytest.mark.slow
 def test_recipes_compare_with_diffusion(folder, tmp_path, capsys):
     settings = config(folder, "training.max_flops=4e8", "training.max_steps=null")
     settings = settings.changed({"training.strategy": "progressive"})
