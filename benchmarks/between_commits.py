@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from reference_runs import machine
 
 ROOT = Path(__file__).parents[1]
 COMMON = {
@@ -85,13 +84,13 @@ def in_turns(measure: Callable[[Path], float], here: Path, there: Path, pairs: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("commit", help="what this tree is compared with")
+    parser.add_argument("--pairs", type=int, default=8, help="runs of each setting and tree (default 8)")
+    parser.add_argument("--steps", type=int, default=400, help="steps of a run (default 400)")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "commit": options.commit, "pairs": options.pairs, "steps": options.steps,
-        "processor": platform.processor(), "python": platform.python_version(), "torch": torch.__version__,
+        "machine": machine(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         scratch, there = Path(folder), Path(folder) / "tree"

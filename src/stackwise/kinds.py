@@ -15,6 +15,7 @@ Labels = Literal["inputs", "positions", "sequences"]
 
 
 _HERE = __name__.removesuffix("kinds")
+"""``stackwise.``; in an exported folder, which has a copy of this file, what the names of its modules begin with."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Kind:
     path: str
 
     def load(self) -> Any:
+        """Imports the module, and gives the thing."""
         module, _, attribute = self.path.partition(":")
         return getattr(import_module(_HERE + module), attribute)
 

@@ -18,11 +18,9 @@ from stackwise.ops.kernels import (
     _laplacian,
     _laplacian_backward,
     _laplacian_flex,
-    cosine_features,
     fourier_features,
     gaussian_weight_columns,
     laplacian_weight_attention,
-    phases,
 )
 from stackwise.ops.rope import apply_rope, rope_table
 
@@ -62,24 +60,18 @@ def pairs(n=40, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kind, norm", KERNELS)
-@pytest.mark.parametrize("form", ["pairs", "phases"])
-def test_features_converge_to_the_closed_form_of_their_kernel(kind, norm, form):
-    """Each term is bounded, so by Hoeffding the worst of 40 errors is below 4 √(2/n) (form with phases: twice that)."""
+def test_features_converge_to_the_closed_form_of_their_kernel(kind, norm):
+    """Each term is bounded, so by Hoeffding the worst of 40 errors is below 4 √(2/n)."""
     q, k = pairs()
     exact = kernel(q, k, kind, 1.7, norm)
     for n in (100, 1_600, 25_600):
         w = frequencies(kind, n, D, 1.7, norm, generator(n)).double()
-        if form == "pairs":
-            approximate = (fourier_features(q, w) * fourier_features(k, w)).sum(-1)
-        else:
-            b = phases(n, generator(n + 1)).double()
-            approximate = (cosine_features(q, w, b) * cosine_features(k, w, b)).sum(-1)
-        bound = 4 * (2 / n) ** 0.5 * (1 if form == "pairs" else 2)
+        approximate = (fourier_features(q, w) * fourier_features(k, w)).sum(-1)
+        bound = 4 * (2 / n) ** 0.5
         assert (approximate - exact).abs().max() < bound
     assert bound < 0.08
-    if form == "pairs":  # the bound tells the kernels apart
-        others = [kernel(q, k, *other[:1], 1.7, other[1]) for other in KERNELS if other != (kind, norm)]
-        assert all((approximate - other).abs().max() > bound for other in others)
+    others = [kernel(q, k, *other[:1], 1.7, other[1]) for other in KERNELS if other != (kind, norm)]
+    assert all((approximate - other).abs().max() > bound for other in others), "the bound tells the kernels apart"
 
 
 def far_from(samples, distribution):
@@ -117,10 +109,6 @@ def test_frequencies_follow_the_spectral_density_of_their_kernel():
         both = ((w[:, 0].abs() < 1) & (w[:, 1].abs() < 1)).double().mean().item()
         if kind == "laplacian":
             assert both == pytest.approx(1 / 3 if norm == "l2" else 1 / 4, abs=5 * (0.25 / n) ** 0.5)
-
-
-def test_phases_are_uniform_over_a_turn():
-    assert far_from(phases(10_000, generator(3)) / math.pi - 1, flat) < 3
 
 
 def test_angles_of_16_bit_inputs_are_exact():

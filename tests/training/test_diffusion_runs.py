@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import stackwise
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.errors import ConfigError, UserError
@@ -285,6 +286,19 @@ def test_generate_says_what_does_not_fit(folder, tmp_path_factory, capsys, optio
     assert main(["generate", str(out), *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_generate_in_python_gives_the_text_of_the_command(folder, capsys):
+    out = folder / "from_python"
+    train_run(config(folder), out, SilentReporter())
+    for options, arguments in (
+        ({"prompt": "ab", "tokens": 9, "seed": 5}, ["--prompt", "ab", "--tokens", "9", "--seed", "5"]),
+        ({"template": "abc {5} de", "seed": 3}, ["--template", "abc {5} de", "--seed", "3"]),
+    ):
+        assert main(["generate", str(out), *arguments, "--json"]) == 0
+        assert stackwise.generate(out, **options) == json.loads(capsys.readouterr().out)["text"]
+    with pytest.raises(UserError, match="template and prompt are both given"):
+        stackwise.generate(out, "a", template="{3}")
 
 
 def test_a_model_of_both_directions_goes_on_left_to_right_by_one_setting(folder, tmp_path, capsys):

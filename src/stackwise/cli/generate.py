@@ -157,16 +157,12 @@ def _filled(
     **options: Any,
 ) -> list[str]:  # fmt: skip
     """The whole texts, prompts included; prompts of unequal length one after another."""
-    from stackwise.generation.filling import fill_texts, template_ids
+    from stackwise.generation.filling import fill_texts, starting_ids
 
-    tokenizer, mask_id = loaded.tokenizer, loaded.tokenizer.mask_id
     texts = []
     for text, seed in zip(prompts, seeds):
-        if template is not None:
-            start = template_ids(tokenizer, template, mask_id)
-        else:
-            start = [*tokenizer.encode(text).tolist(), *[mask_id] * n_tokens]
-        states = fill_texts(loaded.rack, tokenizer, loaded.config, [start], seed=seed, **options)
+        start = starting_ids(loaded.tokenizer, text, n_tokens, template)
+        states = fill_texts(loaded.rack, loaded.tokenizer, loaded.config, [start], seed=seed, **options)
         for state in _shown(states) if show else states:
             last = state[0]
         texts.append(last)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from stackwise.config.attention import KernelType
 from stackwise.config.data import TokenizerConfig
 from stackwise.config.messages import show
 from stackwise.config.run import Settings
@@ -37,7 +38,7 @@ def _using(setting: str) -> tuple[str, ...]:
 
 _LATENT = ("mla_attention", "mlgka", "custom")
 _KERNEL = ("kernel_attention", "mlgka", "custom")
-_KERNELS = ("gaussian", "laplacian", "uniform")
+_KERNELS = tuple(name for name in get_args(KernelType) if name != "linear")
 _MLA = "is only used when attention_type is mla"
 _ENTRY = "is only used in an entry with {values} (this entry has {found})"
 _ONE_RATE = "has no effect when depth_variant is prefix, which gives each Stack a single masking rate"

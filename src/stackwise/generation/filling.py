@@ -39,6 +39,22 @@ def template_ids(tokenizer: Tokenizer, template: str, mask_id: int) -> list[int]
     return ids
 
 
+def starting_ids(tokenizer: Tokenizer, prompt: str, n_tokens: int, template: str | None) -> list[int]:
+    """The ids that ``fill_texts`` starts from: ``template``, or ``prompt`` and ``n_tokens`` gaps after it.
+
+    Raises:
+        UserError: both a prompt and a template are given, the template has no gap, or the tokenizer has no mask token.
+    """
+    mask_id = tokenizer.mask_id
+    if mask_id is None:
+        raise UserError("the run's tokenizer has no mask token, so there are no gaps to fill")
+    if template is None:
+        return [*tokenizer.encode(prompt).tolist(), *[mask_id] * n_tokens]
+    if prompt:
+        raise UserError("template and prompt are both given; the template holds what the text begins with")
+    return template_ids(tokenizer, template, mask_id)
+
+
 def fill_texts(
     rack: Rack,
     tokenizer: Tokenizer,

@@ -87,11 +87,6 @@ class Kernel:
         return self.draw(n, head_dim, bandwidth, generator, tip)
 
 
-def phases(n: int, generator: torch.Generator) -> Tensor:
-    """(n,) phases, uniform in [0, 2π), for ``cosine_features``."""
-    return 2 * math.pi * torch.rand(n, generator=generator)
-
-
 def _angles(x: Tensor, w: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16-bit angles lose whole turns
     with torch.autocast(x.device.type, enabled=False):
@@ -108,11 +103,6 @@ def fourier_features(x: Tensor, w: Tensor) -> Tensor:
     """
     angle = _angles(x, w)
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * len(w) ** -0.5).to(x.dtype)
-
-
-def cosine_features(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """φ(x) = √(2/n) cos(Wx + b): as ``fourier_features`` in the mean over phases b (n,), with n features; (…, n)."""
-    return ((_angles(x, w) + b).cos() * (2 / len(w)) ** 0.5).to(x.dtype)
 
 
 def gaussian_weight_columns(q: Tensor, k: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.generation.filling import fill_texts, template_ids
+from stackwise.generation.filling import fill_texts, starting_ids
 from stackwise.generation.sampling import row_seeds
 from stackwise.generation.text import stream_text
 from stackwise.kinds import OBJECTIVES
@@ -74,12 +74,7 @@ def generate(run: LoadedRun | str | Path, prompt: str = "", tokens: int = 200, *
     options = {"temperature": 0.8, **options}
     if OBJECTIVES[config.training.objective].sampler != "filling":
         return prompt + "".join(stream_text(rack, tokenizer, config, prompt, tokens, seed=seed, **options))
-    template, mask_id = options.pop("template", None), tokenizer.mask_id
-    assert mask_id is not None, "a tokenizer of a diffusion run has a mask token"
-    if template is not None:
-        start = template_ids(tokenizer, template, mask_id)
-    else:
-        start = [*tokenizer.encode(prompt).tolist(), *[mask_id] * tokens]
+    start = starting_ids(tokenizer, prompt, tokens, options.pop("template", None))
     for (text,) in fill_texts(rack, tokenizer, config, [start], seed=seed, **options):
         last = text
     return last

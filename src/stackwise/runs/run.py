@@ -39,6 +39,7 @@ from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
+from stackwise.units import size
 
 TEXT = ("data.path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
@@ -322,7 +323,7 @@ def _refuse_if_too_large(planned: Planned) -> None:
     peak = max(cost.peak for cost in planned.costs)
     if there is not None and peak > 1.1 * there:
         raise UserError(
-            f"a step of this run takes {peak / 2**30:,.1f} GiB, and {planned.device.type} has {there / 2**30:,.1f} GiB "
+            f"a step of this run takes {size(peak)}, and {planned.device.type} has {size(there)} "
             "here; choose a smaller model, batch or seq_len (stackwise plan shows what takes it, and what fits)"
         )
 

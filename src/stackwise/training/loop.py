@@ -105,7 +105,8 @@ class Loop:
                     if last or bool(stop) or state.step % training.checkpoint.every_steps == 0:
                         self._save(stage, record, clock)
                 if stop and not (last and state.phase == len(self.phases) - 1):
-                    kept = "its checkpoint is saved" if self.saver.saves else "nothing is saved, without a directory"
+                    saved = self.saver.saves
+                    kept = "its checkpoint is saved" if saved else "nothing is saved: there is no run directory"
                     raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; {kept}")
         self.context.reporter.note(phase_ends(record))
 
