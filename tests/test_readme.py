@@ -119,7 +119,13 @@ def test_the_commands_of_recipes_run_as_printed(
     less = {
         1: [*SMALL, "training.max_steps=8"],
         2: [*SMALL, "model.n_kv_heads=2", "training.max_flops=1e8"],
-        4: [*SMALL, "data.source=files", "data.path=mybook.txt", "data.tokenizer.kind=bytes"],
+        4: [
+            *SMALL,
+            "model.architecture.n_stacks=3",
+            "data.source=files",
+            "data.path=mybook.txt",
+            "data.tokenizer.kind=bytes",
+        ],
     }
     for i, command in enumerate(commands):
         assert main([*command, *less.get(i, []), *(["training.device=cpu"] if command[0] != "recipes" else [])]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SAMPLE = 90
-"""Each so many cases: about twenty in all."""
+"""One case in this many: some twenty-five in all."""
 JUDGED = """
 import os, sys
 from pathlib import Path
