@@ -152,7 +152,7 @@ def newest_steps(run: Path) -> list[int]:
 def test_resuming_from_an_earlier_step_takes_the_same_course_again(
     finished: Path, uninterrupted: Path, one_thread: None
 ) -> None:
-    earlier, last = newest_steps(finished)
+    *_, earlier, last = newest_steps(finished)
     assert earlier < last == 53
     assert main(["resume", str(finished), "--step", str(earlier)]) == 0
     assert outcome(finished) == outcome(uninterrupted)
@@ -161,7 +161,7 @@ def test_resuming_from_an_earlier_step_takes_the_same_course_again(
 def test_a_run_that_goes_back_and_fails_at_once_is_not_complete_and_goes_on_from_there(
     finished: Path, uninterrupted: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier, _ = newest_steps(finished)
+    *_, earlier, _ = newest_steps(finished)
 
     def fail(*_: object) -> None:
         raise RunError("no step was taken")
@@ -170,7 +170,7 @@ def test_a_run_that_goes_back_and_fails_at_once_is_not_complete_and_goes_on_from
         patch.setattr("stackwise.training.loop.take_step", fail)
         assert main(["resume", str(finished), "--step", str(earlier)]) == 1
     assert not (finished / "summary.json").exists()
-    assert newest_steps(finished) == [earlier]
+    assert newest_steps(finished)[-1] == earlier
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == earlier
     assert main(["resume", str(finished)]) == 0
     assert outcome(finished) == outcome(uninterrupted)
@@ -191,7 +191,7 @@ def test_resuming_a_complete_run_changes_nothing(finished: Path, capsys: pytest.
 def test_a_damaged_newest_checkpoint_is_one_line_and_the_one_before_it_serves(
     finished: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
-    earlier, last = newest_steps(finished)
+    *_, earlier, last = newest_steps(finished)
     (finished / "summary.json").unlink()
     manifest = json.loads((finished / "checkpoints" / f"step-{last:08}.json").read_text())
     damaged = finished / "checkpoints" / "objects" / f"{manifest['parts']['stack.2']['object']}.safetensors"

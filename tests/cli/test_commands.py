@@ -17,7 +17,7 @@ METRICS = {
 }  # fmt: skip
 PHASE = {
     "name", "stack", "steps", "tokens", "flops", "first_loss", "last_loss", "validation_loss", "bits_per_byte",
-    "objective", "trainable_parameters", "storage", "peak_memory_bytes", "seconds",
+    "objective", "trainable_parameters", "storage", "peak_memory_bytes", "seconds", "stopped_early",
 }  # fmt: skip
 CONFIG = """
 model: {d_model: 20, n_heads: 2, d_ff: 36, architecture: {n_stacks: 3, blocks_per_stack: 1}}
@@ -95,7 +95,7 @@ def test_training_prints_the_summary_it_writes(work: Path, capsys: pytest.Captur
 def test_the_summary_has_the_promised_keys_and_adds_up(run: Path) -> None:
     summary = summary_of(run)
     assert set(summary) == {
-        "validation", "tokens", "flops", "wall_seconds", "peak_memory_bytes", "weights_sha256", "phases",
+        "validation", "tokens", "flops", "wall_seconds", "peak_memory_bytes", "best", "weights_sha256", "phases",
     }  # fmt: skip
     assert set(summary["validation"]) == {"loss", "perplexity", "bits_per_byte"}
     phases = summary["phases"]

@@ -67,6 +67,10 @@ TRAINED: dict[str, list[str]] = {
     ],
     "sweep": ["--recipe", "block-coordinate"],
     "unfreezing": ["--recipe", "gradual-unfreezing", "training.optimizer.optimizer_type=sgd"],
+    "best": [
+        "training.keep_best=true", "training.evaluation.every_steps=1", "training.early_stopping.patience=2",
+        "training.early_stopping.ends=phase",
+    ],
     "from": ["--from", "{made}/base"],
 }  # fmt: skip
 BASE = [*FROZEN, "training.progressive.target_stacks=2", "training.max_steps=7"]

@@ -13,6 +13,7 @@ import torch
 
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
+from stackwise.config.run import CheckpointConfig
 from stackwise.errors import UserError
 from stackwise.growth.curricula import build_phases
 from stackwise.planning import cost as cost_module
@@ -149,10 +150,15 @@ def test_on_a_cpu_the_host_is_the_device_and_nothing_waits_there() -> None:
 def test_checkpoints_hold_what_is_frozen_once_and_what_trains_and_its_moments_in_every_one() -> None:
     first = PhaseCost(7, 7, Flops(1.0), weights=28, gradients=28, optimizer=56, activations=0, logits=0, peak=0)
     second = replace(first, weights=30, gradients=20, optimizer=40, waiting=11, cache_bytes=3)
-    assert stored_bytes([first], keep_last=2) == 3 * (28 + 56)
-    assert stored_bytes([second], keep_last=1) == (30 + 11 - 20) + 2 * (20 + 40) + 3
+    one, two = (CheckpointConfig(keep_last=n, keep_phase_ends=False) for n in (1, 2))
+    assert stored_bytes([first], two, keep_best=False) == 3 * (28 + 56)
+    assert stored_bytes([second], one, keep_best=False) == (30 + 11 - 20) + 2 * (20 + 40) + 3
     # While the second phase begins, some of the checkpoints are the first one's.
-    assert stored_bytes([first, second], keep_last=1) == (30 + 11 - 20) + 2 * (28 + 56) + 3
+    assert stored_bytes([first, second], one, keep_best=False) == (30 + 11 - 20) + 2 * (28 + 56) + 3
+    # Those of both ends stay, and with each the best one that it knew; the oldest of the others has one too.
+    ends, plain = CheckpointConfig(keep_last=1), stored_bytes([first, second], one, keep_best=False)
+    assert stored_bytes([first, second], ends, keep_best=False) == plain + (28 + 56) + (20 + 40)
+    assert stored_bytes([first, second], ends, keep_best=True) == plain + (28 + 56) + 2 * (28 + 56) + 2 * (20 + 40)
 
 
 def test_a_trunk_stored_in_four_bits_takes_less_disk() -> None:
@@ -161,7 +167,7 @@ def test_a_trunk_stored_in_four_bits_takes_less_disk() -> None:
     coded = planned(config(frozen, "training.progressive.trunk_precision=nf4", n_stacks=7))
     # 6 Stacks' matrices at 4 bits and a scale for each 64, in place of 32 bits
     saved = sum((32 - 4) / 8 * n - 4 * -(-n // 64) for n in (*[C * C] * 4, *[C * F] * 3))
-    dense, small = (stored_bytes(plan.costs[-1:], keep_last=2) for plan in (full, coded))
+    dense, small = (stored_bytes(plan.costs[-1:], CheckpointConfig(), keep_best=False) for plan in (full, coded))
     assert dense - small == pytest.approx(6 * saved, rel=0.02)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackwise.cli.train import Json, TrustPaths
+from stackwise.cli.train import Json, Step, TrustPaths
 
 
 def evaluate(
@@ -16,7 +16,7 @@ def evaluate(
         list[Path] | None,
         typer.Option("--data", metavar="F", help="Text, .jsonl or .parquet to score (default: the validation text)"),
     ] = None,
-    step: Annotated[int | None, typer.Option("--step", min=1, help="Checkpoint to load (default: the newest)")] = None,
+    step: Step = None,
     trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from stackwise.cli.train import Json
+from stackwise.cli.train import Json, Step
 from stackwise.signals import stoppable
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must be new or empty")],
-    step: Annotated[int | None, typer.Option("--step", min=0, help="Checkpoint to load (default: the newest)")] = None,
+    step: Step = None,
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", min=1, help="Longest sequence to declare (default: training.seq_len)"),

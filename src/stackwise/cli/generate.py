@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stackwise.cli.train import Json
+from stackwise.cli.train import Json, Step
 from stackwise.errors import UserError
 from stackwise.kinds import OBJECTIVES, samplers
 
@@ -89,6 +89,7 @@ def generate(
     threshold: _Threshold = None,
     guidance: _Guidance = 0.0,
     show: _Show = False,
+    step: Step = None,
     as_json: Json = False,
 ) -> None:
     """Generate text: continue a prompt, or fill gaps (diffusion)."""
@@ -97,7 +98,7 @@ def generate(
     from stackwise.generation.text import stream_texts
     from stackwise.runs.run import load
 
-    loaded = load(run)
+    loaded = load(run, step)
     if template is not None and prompt:
         raise UserError("--template and --prompt are both given; put the prompt at the start of the template")
     prompts = prompt or [""]

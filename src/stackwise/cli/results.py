@@ -65,6 +65,15 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     )  # fmt: skip
     table("", header, rows)
     console = Console(stderr=True)
+    for p in summary["phases"]:
+        if p["stopped_early"] is not None:
+            ends = "the run" if p["stopped_early"] == "run" else "the phase"
+            console.print(f"{p['name']}: validations ended {ends} early, after {p['steps']:,} steps", highlight=False)
+    if (best := summary["best"]) is not None:
+        console.print(
+            f"lowest validation loss {best['validation_loss']:.4f} at step {best['step']}: --step best takes it",
+            highlight=False,
+        )
     if (validation := summary["validation"]) is None:
         console.print(f"no validation data was given; the run is in {run}", highlight=False, soft_wrap=True)
         return

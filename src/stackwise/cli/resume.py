@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from stackwise.cli.train import Json, TrustPaths
+from stackwise.cli.train import Json, Step, TrustPaths
 
 
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory")],
-    step: Annotated[
-        int | None,
-        typer.Option("--step", min=1, help="Continue from the checkpoint of this step (default: the newest)"),
-    ] = None,
+    step: Step = None,
     trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:

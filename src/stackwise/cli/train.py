@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +26,23 @@ From = Annotated[
     ),
 ]
 
+
+def read_step(text: str) -> int | Literal["best"]:
+    """The value of --step."""
+    if text == "best":
+        return "best"
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise typer.BadParameter(f"{text!r} is neither the number of a step nor best")
+    return int(text)
+
+
+Step = Annotated[
+    Any,
+    typer.Option(
+        "--step", parser=read_step, metavar="STEP",
+        help="Checkpoint of this step, or best: of the lowest validation loss (default: the newest)",
+    ),
+]  # fmt: skip
 
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Train by this recipe (stackwise recipes lists them)")

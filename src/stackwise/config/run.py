@@ -31,7 +31,12 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(
         500, description="Steps between checkpoints (one is also saved at the end of every phase)"
     )
-    keep_last: PositiveInt = Field(2, description="Number of checkpoints kept; older ones are deleted")
+    keep_last: PositiveInt = Field(
+        2, description="Number of checkpoints kept beside those of phase ends and the best; older ones are deleted"
+    )
+    keep_phase_ends: bool = Field(
+        True, description="Keep the checkpoint at the end of each phase (what is frozen is stored once for all)"
+    )
 
 
 class EvaluationConfig(Section):
@@ -40,6 +45,18 @@ class EvaluationConfig(Section):
     )
     max_tokens: PositiveInt | None = Field(None, description="Validation tokens to score, spread evenly; null: all")
     draws: Size = Field(1, description="diffusion: masks drawn for each scored sequence")
+
+
+class EarlyStoppingConfig(Section):
+    patience: PositiveInt | None = Field(
+        None, description="Validations without improvement after which training ends early; null: it does not"
+    )
+    min_improvement: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="How far below the lowest validation loss so far counts as an improvement"
+    )
+    ends: Literal["run", "phase"] = Field(
+        "run", description="What ends: run: all training; phase: the phase, and the next one begins"
+    )
 
 
 class LoggingConfig(Section):
@@ -110,6 +127,12 @@ class TrainingConfig(Section):
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    keep_best: bool = Field(
+        False,
+        description="Save and keep the checkpoint with the lowest validation loss; --step best of eval, generate and "
+        "export takes it",
+    )
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

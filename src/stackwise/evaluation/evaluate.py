@@ -19,6 +19,7 @@ from stackwise.ops.precision import resolve_compute_dtype, resolve_device
 from stackwise.runs.run import TEXT, LoadedRun, load, run_data
 from stackwise.store.origin import check_origin
 from stackwise.store.rundir import RunDir
+from stackwise.store.state import StepName
 from stackwise.training.progress import Reporter, SilentReporter
 
 
@@ -34,7 +35,7 @@ def evaluate(
 def evaluate_run(
     path: str | Path,
     data: Sequence[Path] | None,
-    step: int | None,
+    step: StepName | None,
     reporter: Reporter,
     *,
     trust_paths: bool = False,
@@ -45,7 +46,7 @@ def evaluate_run(
 
     Args:
         data: files to score; default the run's validation text.
-        step: checkpoint; default the newest.
+        step: of the checkpoint, or ``best``; default the newest.
         trust_paths: what the config of a run that was not begun here names outside its folder may be used.
     """
     loaded = load(path, step)

@@ -26,13 +26,14 @@ from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
 from stackwise.runs.run import load
 from stackwise.signals import stop_if_asked
+from stackwise.store.state import StepName
 
 SHARD_BYTES = 5 * 10**9
 """Weights in one file at most, as transformers writes them."""
 
 
 def export_run(
-    run: str | Path, out: str | Path, step: int | None = None, max_tokens: int | None = None
+    run: str | Path, out: str | Path, step: StepName | None = None, max_tokens: int | None = None
 ) -> dict[str, Any]:
     """Writes a trained run as a folder that ``transformers`` loads, whole or not at all.
 

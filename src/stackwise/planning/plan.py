@@ -11,6 +11,7 @@ import torch
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.data import DataConfig
+from stackwise.config.run import CheckpointConfig
 from stackwise.data.tokenizers import BUILT_IN_SPECIALS, open_pretrained
 from stackwise.growth.curricula import build_phases
 from stackwise.growth.phases import Phase
@@ -198,17 +199,20 @@ USUAL_CHARACTERS = 100
 """Distinct characters of an English text, about."""
 
 
-def stored_bytes(costs: Iterable[PhaseCost], keep_last: int) -> int:
+def stored_bytes(costs: Iterable[PhaseCost], checkpoint: CheckpointConfig, keep_best: bool) -> int:
     """The most that checkpoints and activation cache take on disk at once.
 
     A checkpoint holds the tensors as they are stored and the moments; what is frozen is one object that all share.
     One checkpoint more than ``keep_last`` exists while the oldest is deleted, and some may be of the phase before.
+    Those of phase ends hold what trained then, and each may have a best one of its own; so may the oldest of the rest.
     """
-    most, before = 0, 0
+    most, before, kept = 0, 0, 0
     for cost in costs:
         moving = cost.gradients + cost.optimizer  # gradients are as large as what trains
         frozen = cost.weights + cost.waiting - cost.gradients
-        most = max(most, frozen + (keep_last + 1) * max(moving, before) + cost.cache_bytes)
+        others = (checkpoint.keep_last + 1 + keep_best) * max(moving, before)
+        kept += (1 + keep_best) * moving if checkpoint.keep_phase_ends else 0
+        most = max(most, frozen + others + kept + cost.cache_bytes)
         before = moving
     return most
 
@@ -245,7 +249,7 @@ def plan_run(
             "this is the memory that tensors take; the allocator keeps freed ones for reuse, and resident memory is "
             "about a third above it (training.cpu_allocator=tight holds to the plan, and is slower)"
         )
-    disk = stored_bytes(planned.costs, config.training.checkpoint.keep_last)
+    disk = stored_bytes(planned.costs, config.training.checkpoint, config.training.keep_best)
     tokens = config.training.batch_size * config.training.seq_len
     limit = machine.usable_memory if limit is None else limit
     return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes, machine)

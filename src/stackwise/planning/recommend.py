@@ -76,6 +76,7 @@ def single_changes(config: StackWiseConfig, missing: Sequence[str]) -> Iterator[
     """
     training = config.training
     if "disk" in missing:
+        yield {"training.checkpoint.keep_phase_ends": False}
         yield {"training.checkpoint.keep_last": 1}
         if training.progressive.cache_activations:
             yield {"training.cache.dtype": "fp8"}

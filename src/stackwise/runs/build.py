@@ -8,6 +8,7 @@ from typing import Any
 
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.objectives import ObjectiveName
+from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
 from stackwise.objectives import Objective
 from stackwise.objectives.scoring import Validation
@@ -55,6 +56,9 @@ def create_loop(
         callbacks: what the caller wants to be told.
     """
     training, about = config.training, {"fingerprint": "", **(identity or {})}
+    if validate is None and (training.keep_best or training.early_stopping.patience is not None):
+        key = "keep_best" if training.keep_best else "early_stopping.patience"
+        raise UserError(f"training.{key}: it goes by the validation loss, but no validation data is given")
     store = None if run is None else CheckpointStore(run.checkpoints, training.checkpoint.keep_last)
     placement = Placement(rack, planned.device, training.offload, store)
     caching = Caching(
@@ -72,7 +76,7 @@ def create_loop(
 def train_to_summary(loop: Loop, run: RunDir | None) -> dict[str, Any]:
     """Trains what is left, and returns what ``summary.json`` holds, which ``run`` then has."""
     state, context = loop.train(), loop.context
-    validation = loop.validation or context.score(loop.phases[-1])
+    validation = loop.validation or context.score(loop.phases[len(state.records) - 1])
     scores = {} if validation is None else validation.to_dict()
     peaks = [r.peak_memory_bytes for r in state.records if r.peak_memory_bytes is not None]
     summary = {
@@ -82,6 +86,7 @@ def train_to_summary(loop: Loop, run: RunDir | None) -> dict[str, Any]:
         "flops": state.flops,
         "wall_seconds": state.seconds,
         "peak_memory_bytes": max(peaks, default=None),
+        "best": None if state.best is None else asdict(state.best),
         "weights_sha256": context.placement.weights_sha256(),
         "phases": [asdict(record) for record in state.records],
     }

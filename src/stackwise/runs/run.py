@@ -33,7 +33,7 @@ from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
 from stackwise.store.origin import check_origin, signature
 from stackwise.store.rundir import RunDir
-from stackwise.store.state import RunState, load_checkpoint, read_summary
+from stackwise.store.state import RunState, StepName, load_checkpoint, read_summary
 from stackwise.store.structure import rack_of_checkpoint
 from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
@@ -75,11 +75,11 @@ class LoadedRun:
         return self.checkpoint.step
 
 
-def load(path: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> LoadedRun:
-    """The newest checkpoint (or that of ``step``) of the run in ``path``.
+def load(path: str | Path, step: StepName | None = None, device: str | torch.device = "cpu") -> LoadedRun:
+    """The newest checkpoint of the run in ``path``, or that of ``step``: a number, or ``best``.
 
     Raises:
-        UserError: no run is there, or it has no checkpoint yet, or its config or tokenizer is not the checkpoint's.
+        UserError: no run is there, it has no such checkpoint, or its config or tokenizer is not the checkpoint's.
         RunError: the checkpoint is damaged.
     """
     run = RunDir.open(path)
@@ -146,7 +146,7 @@ def train_run(
 def resume_run(
     path: str | Path,
     reporter: Reporter,
-    step: int | None = None,
+    step: StepName | None = None,
     *,
     trust_paths: bool = False,
     callbacks: Callbacks = NO_CALLBACKS,
@@ -226,7 +226,7 @@ def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None
 
 
 def _go(
-    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None, callbacks: Callbacks
+    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: StepName | None, callbacks: Callbacks
 ) -> dict[str, Any]:
     try:
         stop_if_asked()
@@ -236,7 +236,7 @@ def _go(
 
 
 def _train(
-    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: int | None, callbacks: Callbacks
+    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: StepName | None, callbacks: Callbacks
 ) -> dict[str, Any]:
     training = config.training
     checkpoint = checkpoint_to_go_on_from(run, config, step)
@@ -289,7 +289,7 @@ def _train(
     return train_to_summary(loop, run)
 
 
-def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: int | None = None) -> Checkpoint | None:
+def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: StepName | None = None) -> Checkpoint | None:
     """The checkpoint of ``step``, or the newest; ``None`` where a run without one begins.
 
     Raises:

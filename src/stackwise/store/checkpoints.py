@@ -10,7 +10,6 @@ Every load compares the bytes it returns with the object's name. No pickle.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,21 +22,11 @@ from torch import Tensor
 
 from stackwise.errors import RunError
 from stackwise.files import FULL, reason, remove_leftovers, sync_directory, write_atomic
-from stackwise.reading import parse_json, read_object
+from stackwise.reading import parse_json
 from stackwise.signals import stop_if_asked
-from stackwise.store.objects import (
-    StoredObject,
-    hash_file,
-    hash_part,
-    header_of,
-    object_of,
-    read_safetensors,
-    serialise,
-)
+from stackwise.store.manifest import Manifest, UnknownFormat, bytes_of_manifest, read_manifest
+from stackwise.store.objects import StoredObject, hash_file, hash_part, header_of, read_safetensors, serialise
 from stackwise.units import size
-
-FORMAT_VERSION = 1
-
 
 _MANIFEST_NAME = re.compile(r"step-(\d{8,})\.json")
 _OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -45,13 +34,6 @@ _OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 class CheckpointError(RunError):
     """A checkpoint cannot be written, or is missing or damaged; the message says which and what still works."""
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    step: int
-    parts: dict[str, StoredObject]
-    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,10 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in ``folder`` (``RUN/checkpoints``), of which the newest ``keep_last`` are kept.
+    """The checkpoints in ``folder`` (``RUN/checkpoints``).
+
+    Kept are those that were saved to be kept (``keep``), the newest ``keep_last`` of the others, and the steps that any
+    of them needs.
 
     One process at a time may save (``RunDir.lock`` sees to it); any number may load. Nothing is made or deleted
     before the first ``save``.
@@ -104,12 +89,15 @@ class CheckpointStore:
         *,
         unchanged: Collection[str] = (),
         deposited: Collection[str] = (),
+        keep: bool = False,
+        needs: Collection[int] = (),
     ) -> Path:
         """Writes the checkpoint of ``step`` and returns its manifest, then deletes what is no longer kept.
 
         ``unchanged`` names parts that are bit-identical to those of the checkpoint that this store last saved or
         loaded (frozen Stacks): they are not hashed again, provided that this process wrote or read their object.
         ``deposited`` names parts that are in the store already (``deposit``, ``adopt``) and not among ``parts``.
+        ``keep``: it is never deleted for its age; ``needs``: steps whose checkpoints stay as long as this one does.
         ``state`` is JSON with finite numbers and comes back equal. Checkpoints of later steps are deleted: they belong
         to a course of training that this one, resumed before them, has left.
 
@@ -120,8 +108,7 @@ class CheckpointStore:
         if parse_json(text) != state:
             raise ValueError("the state of a checkpoint must come back from JSON as it was: no tuples, no integer keys")
         entries: dict[str, StoredObject] = {name: self._deposits[name] for name in deposited}
-        missing: dict[str, str] = {}  # hash -> a part with that content
-        needed_bytes = 0
+        missing, needed_bytes = dict[str, str](), 0  # hash -> a part with that content
         try:
             for name, tensors in parts.items():
                 known = self._reusable(name, tensors) if name in unchanged else None
@@ -129,8 +116,8 @@ class CheckpointStore:
                 if entry.sha256 not in missing and not self._holds(entry):
                     missing[entry.sha256] = name
                     needed_bytes += entry.bytes
-            manifest = _Manifest(step, entries, state)
-            manifest_bytes = _manifest_bytes(manifest)
+            manifest = Manifest(step, entries, state, keep, tuple(needs))
+            manifest_bytes = bytes_of_manifest(manifest)
             needed_bytes += len(manifest_bytes)
             self._make_folders()
             for sha256, name in missing.items():
@@ -253,7 +240,7 @@ class CheckpointStore:
                 f"the checkpoints after step {step} cannot be deleted from {self.folder}: {error.strerror or error}"
             ) from error
 
-    def _read_part(self, manifest: _Manifest, name: str, device: torch.device) -> dict[str, Tensor]:
+    def _read_part(self, manifest: Manifest, name: str, device: torch.device) -> dict[str, Tensor]:
         stop_if_asked()
         try:
             return self._read_object(manifest.step, name, manifest.parts[name], device)
@@ -300,26 +287,14 @@ class CheckpointStore:
 
     # Reading.
 
-    def _read_manifest(self, step: int) -> _Manifest:
+    def _read_manifest(self, step: int) -> Manifest:
         path = self._manifest_path(step)
         try:
-            data = read_object(path)
-            digest = data.pop("sha256")
-            if digest != _digest_of(data):
-                raise ValueError("its content does not match its sha256")
-            if type(data["step"]) is not int or data["step"] != step:
-                raise ValueError(f"it belongs to step {data['step']}")
-            if data["format"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"the checkpoint of step {step} has format {data['format']} in {path}; "
-                    f"this version of StackWise reads {FORMAT_VERSION}"
-                )
-            parts = {name: object_of(entry["object"], entry["bytes"]) for name, entry in data["parts"].items()}
-            if not isinstance(data["state"], dict):
-                raise ValueError("its state is no object")
-            return _Manifest(step, parts, data["state"])
+            return read_manifest(path, step)
         except OSError as error:
             problem = error.strerror or str(error)
+        except UnknownFormat as error:
+            raise CheckpointError(str(error)) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             problem = f"the manifest is damaged ({error})"
         raise CheckpointError(f"the checkpoint of step {step} cannot be read: {path}: {problem}")
@@ -350,7 +325,7 @@ class CheckpointStore:
     def _raise_damaged(step: int, name: str, path: Path, problem: str) -> NoReturn:
         raise CheckpointError(f"the checkpoint of step {step} is damaged in part {name!r}: {path}: {problem}")
 
-    def _complete(self) -> list[_Manifest]:
+    def _complete(self) -> list[Manifest]:
         """Manifests that are sound and whose objects are there with the right size, ascending."""
         complete = []
         for step in self._manifest_steps():
@@ -361,7 +336,7 @@ class CheckpointStore:
                 complete.append(manifest)
         return complete
 
-    def _is_intact(self, manifest: _Manifest) -> bool:
+    def _is_intact(self, manifest: Manifest) -> bool:
         """Reads every byte of a checkpoint."""
         return all(hash_file(self._object_path(entry.sha256)) == entry.sha256 for entry in manifest.parts.values())
 
@@ -400,8 +375,12 @@ class CheckpointStore:
         return True
 
     def _retain(self, step: int) -> None:
-        """Deletes manifests after ``step``, damaged ones and those before the newest ``keep_last``; then the rest."""
-        kept = [manifest.step for manifest in self._complete() if manifest.step <= step][-self.keep_last :]
+        """Deletes manifests after ``step``, damaged ones and those that are not kept; then objects without a name."""
+        sound = [manifest for manifest in self._complete() if manifest.step <= step]
+        staying = [manifest for manifest in sound if manifest.keep]
+        staying += [manifest for manifest in sound if not manifest.keep][-self.keep_last :]
+        wanted = {other for manifest in staying for other in (manifest.step, *manifest.needs)}
+        kept = wanted & {manifest.step for manifest in sound}
         dropped = [other for other in self._manifest_steps() if other not in kept]
         for other in dropped:
             self._manifest_path(other).unlink(missing_ok=True)
@@ -443,7 +422,7 @@ class CheckpointStore:
 class _Parts(Mapping[str, dict[str, Tensor]]):
     """The parts of a checkpoint, read when indexed."""
 
-    def __init__(self, store: CheckpointStore, manifest: _Manifest, device: torch.device) -> None:
+    def __init__(self, store: CheckpointStore, manifest: Manifest, device: torch.device) -> None:
         self._store, self._manifest, self._device = store, manifest, device
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
@@ -462,19 +441,3 @@ class _Parts(Mapping[str, dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._manifest.parts)
-
-
-def _manifest_bytes(manifest: _Manifest) -> bytes:
-    data: dict[str, Any] = {
-        "format": FORMAT_VERSION,
-        "step": manifest.step,
-        "parts": {name: {"object": entry.sha256, "bytes": entry.bytes} for name, entry in manifest.parts.items()},
-        "state": manifest.state,
-    }
-    return json.dumps({**data, "sha256": _digest_of(data)}, allow_nan=False, indent=1).encode() + b"\n"
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest's canonical JSON (keys sorted, no spaces), its own ``sha256`` left out."""
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

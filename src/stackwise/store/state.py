@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
 from stackwise.config.growth import PrecisionName
 from stackwise.config.messages import show
 from stackwise.config.section import Fraction, Size
-from stackwise.errors import RunError
+from stackwise.errors import RunError, UserError
 from stackwise.growth.phases import AdapterKind
 from stackwise.store.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from stackwise.store.rundir import RunDir
@@ -20,9 +20,16 @@ _TOLERANT = ConfigDict(strict=True, allow_inf_nan=False)
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+StepName = int | Literal["best"]
+"""Which checkpoint of a run: that of a step, or the one with the lowest validation loss."""
+
+
 @dataclass
 class PhaseRecord:
-    """What ``summary.json`` says of a phase."""
+    """What ``summary.json`` says of a phase.
+
+    ``stopped_early``: what its validations ended before its budget did: the phase or the run, after ``steps``.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -40,6 +47,28 @@ class PhaseRecord:
     storage: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     seconds: NonNegativeFloat = 0.0
+    stopped_early: Literal["phase", "run"] | None = None
+
+
+@dataclass
+class Best:
+    """The step with the lowest validation loss so far."""
+
+    __pydantic_config__ = _STRICT
+
+    step: NonNegativeInt
+    validation_loss: float
+
+
+@dataclass
+class Patience:
+    """What early stopping waits for: a loss below ``loss``, since ``waited`` validations, in or from ``phase`` on."""
+
+    __pydantic_config__ = _STRICT
+
+    phase: NonNegativeInt
+    loss: float
+    waited: NonNegativeInt = 0
 
 
 @dataclass
@@ -55,13 +84,28 @@ class RunState:
     flops: NonNegativeFloat = 0.0
     seconds: NonNegativeFloat = 0.0
     records: list[PhaseRecord] = field(default_factory=list)
+    best: Best | None = None
+    patience: Patience | None = None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no validation was better than the one of this step."""
+        return self.best is not None and self.best.step == self.step
+
+    def phase_over(self, steps: int) -> bool:
+        """Whether the phase in progress, which has a budget of ``steps``, has none left or stopped early."""
+        record = self.records[self.phase] if self.phase < len(self.records) else None
+        return self.phase_step >= steps or (record is not None and record.stopped_early is not None)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunState:
-        return cls(**{**data, "records": [PhaseRecord(**record) for record in data["records"]]})
+        records = [PhaseRecord(**record) for record in data["records"]]
+        best, patience = data.get("best"), data.get("patience")
+        parts = {"best": best and Best(**best), "patience": patience and Patience(**patience)}
+        return cls(**{**data, "records": records, **parts})
 
 
 class _AdapterState(BaseModel):
@@ -120,12 +164,18 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))} is {show(first['input'])}: {first['msg']}"
 
 
-def load_checkpoint(store: CheckpointStore, step: int | None = None) -> Checkpoint:
+def load_checkpoint(store: CheckpointStore, step: StepName | None = None) -> Checkpoint:
     """The checkpoint of ``step``, or the newest, of a run.
 
     Raises:
+        UserError: the best one is asked for, and the run keeps none.
         CheckpointError: it cannot be read, or its state is nothing that a run ever saved.
     """
+    if step == "best":
+        best = load_checkpoint(store).state["run"].get("best")
+        if best is None:
+            raise UserError(f"{store.folder.parent} keeps no best checkpoint (training.keep_best: true keeps it)")
+        step = int(best["step"])
     checkpoint = store.load(step)
     try:
         state = _State.model_validate_json(json.dumps(checkpoint.state))

@@ -10,11 +10,13 @@ checkpoint holds weights, moments and counters, and no iterator or generator sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 from stackwise.errors import StoppedBySignal
+from stackwise.growth.phases import Phase
 from stackwise.objectives.scoring import Validation
 from stackwise.planning.plan import Planned
 from stackwise.signals import StopRequest, stoppable
@@ -26,6 +28,7 @@ from stackwise.training.progress import Clock, phase_ends, phase_starts
 from stackwise.training.saving import Saver
 from stackwise.training.stage import Context, Stage
 from stackwise.training.step import Step, take_step
+from stackwise.training.validations import take_note
 
 
 class Loop:
@@ -66,16 +69,22 @@ class Loop:
             stack.callback(self.saver.close)
             stack.callback(self.context.placement.offload.close)
             while state.phase < len(self.phases):
-                phase, following = self.phases[state.phase], self.phases[state.phase + 1 :]
-                if state.phase_step < phase.steps:
+                phase = self.phases[state.phase]
+                if not state.phase_over(phase.steps):
                     self._run_phase(stop)
+                following = self._following()
                 # These two also for a phase whose last step a stopped process took.
                 self.context.caching.let_go(phase, following)
                 self.callbacks.on_phase(asdict(state.records[-1]))
                 state.phase += 1
-                if following:
-                    state.phase_step = 0
+                if not following:
+                    break
+                state.phase_step = 0
         return state
+
+    def _following(self) -> Sequence[Phase]:
+        """The phases that come after the one in progress."""
+        return () if self.state.records[-1].stopped_early == "run" else self.phases[self.state.phase + 1 :]
 
     def _run_phase(self, stop: StopRequest) -> None:
         """One phase, with its stage: step, evaluate, log, save."""
@@ -83,10 +92,10 @@ class Loop:
         with Stage(self.context, self.phases, state) as stage:
             phase, record = stage.phase, self._begun(stage)
             clock.start()
-            while state.phase_step < phase.steps:
+            while not state.phase_over(phase.steps):
                 step = take_step(stage, state)
                 self._count(step, record)
-                last = state.phase_step == phase.steps
+                last = state.phase_over(phase.steps)
                 due = training.evaluation.every_steps
                 evaluate = self.context.validate is not None and (last or bool(due and state.step % due == 0))
                 seen = self._seen(stage, step)
@@ -97,14 +106,14 @@ class Loop:
                     self.context.reporter.step(state.phase_step, metrics)
                     if evaluate:
                         assert metrics is not None
-                        metrics["validation_loss"] = self._evaluate(stage, record if last else None)
-                        seen["validation_loss"] = metrics["validation_loss"]
+                        metrics["validation_loss"] = seen["validation_loss"] = self._evaluate(stage, record)
+                        last = state.phase_over(phase.steps)
                     if metrics is not None:
                         self.saver.log(metrics)
                     self.callbacks.on_step(seen)  # before its checkpoint: a process that dies between repeats it
-                    if last or bool(stop) or state.step % training.checkpoint.every_steps == 0:
+                    if last or bool(stop) or state.is_best or state.step % training.checkpoint.every_steps == 0:
                         self._save(stage, record, clock)
-                if stop and not (last and state.phase == len(self.phases) - 1):
+                if stop and (self._following() or not last):
                     saved = self.saver.saves
                     kept = "its checkpoint is saved" if saved else "nothing is saved: there is no run directory"
                     raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; {kept}")
@@ -164,12 +173,13 @@ class Loop:
             "flops": self.state.flops,
         }
 
-    def _evaluate(self, stage: Stage, record: PhaseRecord | None) -> float:
-        """The validation loss; ``record`` is given at the end of the phase, and takes it down."""
+    def _evaluate(self, stage: Stage, record: PhaseRecord) -> float:
+        """The validation loss, which may end the phase; at its end ``record`` takes it down."""
         found = self.context.score(stage.phase)
         assert found is not None
         self.validation = found
-        if record is not None:
+        take_note(self.context.config, self.phases, self.state, found.loss)
+        if self.state.phase_over(stage.phase.steps):
             record.validation_loss, record.bits_per_byte = found.loss, found.bits_per_byte
         return found.loss
 

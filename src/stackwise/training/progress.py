@@ -272,4 +272,6 @@ def phase_ends(record: PhaseRecord) -> str:
         text += f", validation loss {record.validation_loss:.4f}"
     if record.bits_per_byte is not None:
         text += f" ({record.bits_per_byte:.4f} bits per byte)"
+    if record.stopped_early is not None:
+        text += f", stopped early after {record.steps:,} steps"
     return f"{text}, {record.seconds:.0f} s"

@@ -52,7 +52,11 @@ class Saver:
         frozen = set(parts) - {name.partition("/")[0] for name in stage.parameters}
         parts["optimizer"] = flatten(stage.moments())
         about = {**self._identity, **structure(stage.context.rack), "run": state.to_dict()}
-        self._store.save(state.step, parts, about, unchanged=frozen & self._unchanged, deposited=deposited)
+        self._store.save(
+            state.step, parts, about, unchanged=frozen & self._unchanged, deposited=deposited,
+            keep=stage.context.config.training.checkpoint.keep_phase_ends and state.phase_over(stage.phase.steps),
+            needs=[] if state.best is None else [state.best.step],
+        )  # fmt: skip
         self._unchanged = frozen
 
     def restore(self, checkpoint: Checkpoint, context: Context) -> RunState:
