@@ -6,7 +6,8 @@ import pytest
 
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig, yaml_io
-from stackwise.config.presets import ABOUT, PRESETS, preset_config
+from stackwise.config.presets import ABOUT, PRESETS
+from stackwise.config.template import preset_config
 
 
 def test_the_file_written_loads_as_the_defaults(

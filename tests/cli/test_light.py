@@ -32,9 +32,9 @@ import sys, stackwise
 def loaded(): return [name for name in {HEAVY} if name in sys.modules]
 report = [("import stackwise", loaded())]
 from stackwise.cli.main import main
-for line in ("--help", "--version", "init -", "plan --help", "train --help", "plan " + sys.argv[1]):
+for line in ("--help", "--version", "plan --help", "train --help", "init -", "plan " + sys.argv[1]):
     main(line.split(" "))
-    report.append((line, loaded()))
+    report.append((line, loaded() + (["pydantic"] if line == "--help" and "pydantic" in sys.modules else [])))
 print("REPORT", [entry for entry in report if entry[1]])
 """,
         str(tmp_path / "bad.yaml"),

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from stackwise.config import StackWiseConfig, yaml_io
 from stackwise.config.messages import all_keys, section_of
-from stackwise.config.presets import ABOUT, PRESETS, preset_config
+from stackwise.config.presets import ABOUT, PRESETS
 from stackwise.config.section import Section
-from stackwise.config.template import template
+from stackwise.config.template import preset_config, template
 from stackwise.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

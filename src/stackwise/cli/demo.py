@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from stackwise.cli.train import Json
-from stackwise.config.base import StackWiseConfig
-from stackwise.config.presets import PRESETS
 
 
 def demo(
@@ -22,12 +20,13 @@ def demo(
     from rich.console import Console
 
     from stackwise.cli.results import print_json, show_summary
+    from stackwise.config.template import preset_config
     from stackwise.evaluation.evaluate import evaluate_run
     from stackwise.generation.text import stream_text
     from stackwise.runs.run import load, resume_run, train_run
     from stackwise.training.progress import SilentReporter, console_reporter
 
-    config = StackWiseConfig.from_dict(PRESETS["demo"])
+    config = preset_config("demo")
     going_on = (out / "config.yaml").exists()
     summary = resume_run(out, console_reporter()) if going_on else train_run(config, out, console_reporter())
     scores = evaluate_run(out, None, None, SilentReporter())

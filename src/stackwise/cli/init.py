@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stackwise.config.presets import ABOUT, preset_config
-from stackwise.config.template import template
+from stackwise.config.presets import ABOUT
 from stackwise.errors import UserError
 
 EPILOG = "\b\nPresets:\n" + "\n".join(f"  {name:<12}{about}" for name, about in ABOUT.items())
@@ -23,6 +22,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
     """Write a config with every key, its value and what it means."""
+    from stackwise.config.template import preset_config, template
+
     config = preset_config(preset)
     text = template(config, ABOUT[preset])
     if str(file) == "-":

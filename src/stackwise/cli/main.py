@@ -1,7 +1,7 @@
 """``stackwise COMMAND``: the table of commands, and what becomes an exit code.
 
 A command is one function in a file of its own, registered below by one line. Its file imports only light things
-at the top; what needs torch is imported inside the function, so that help and ``init`` stay quick::
+at the top; what needs torch or the config is imported inside the function, so that help stays quick::
 
     # cli/train.py
     def train(config: Annotated[Path, typer.Argument(help="YAML file")], ...) -> None:

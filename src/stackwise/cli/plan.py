@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackwise.cli.train import ConfigFile, From, Json, Overrides, read_config
-from stackwise.config.run import TrainingConfig
 from stackwise.errors import UserError
 from stackwise.units import size
 
 if TYPE_CHECKING:
+    from stackwise.config.run import TrainingConfig
     from stackwise.planning.devices import Machine
     from stackwise.planning.plan import Plan
     from stackwise.planning.recommend import Change, Compared

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stackwise.config.base import StackWiseConfig, apply_overrides, read_yaml
+if TYPE_CHECKING:
+    from stackwise.config.base import StackWiseConfig
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config (stackwise init writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change")]
@@ -53,6 +54,8 @@ def read_config(
     path: Path, overrides: list[str] | None, start: Path | None, recipe: str | None = None
 ) -> StackWiseConfig:
     """CONFIG by a recipe, with its overrides, and what it takes from the run it starts from."""
+    from stackwise.config.base import StackWiseConfig, apply_overrides, read_yaml
+
     overrides = overrides or []
     if start is not None:
         from stackwise.runs.initial import settings_from_run

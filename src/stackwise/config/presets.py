@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from stackwise.config.base import StackWiseConfig
-from stackwise.errors import ConfigError, allowed
-
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "demo": {
@@ -72,10 +69,3 @@ ABOUT = {
     "gpu": "12 layers of width 768 on your own text (data.path), for one GPU with bfloat16",
 }
 """One sentence on each preset."""
-
-
-def preset_config(name: str) -> StackWiseConfig:
-    """The config of the preset called ``name``; ``ConfigError`` names the ones there are."""
-    if name not in PRESETS:
-        raise ConfigError(f"{name!r} is not a preset; {allowed(name, PRESETS)}")
-    return StackWiseConfig.from_dict(PRESETS[name])

@@ -1,4 +1,4 @@
-"""The commented YAML of a config: every key, its value, and the schema's own description beside it."""
+"""The config of a preset, and a commented YAML file of a config: each key, its value, and its description beside it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from pydantic.fields import FieldInfo
 from stackwise.config import yaml_io
 from stackwise.config.base import StackWiseConfig
 from stackwise.config.messages import options_of
+from stackwise.config.presets import PRESETS
 from stackwise.config.section import Section
+from stackwise.errors import ConfigError, allowed
 
 _COLUMN = 38  # where the comments start
 _WIDTH = 120
+
+
+def preset_config(name: str) -> StackWiseConfig:
+    """The config of the preset called ``name``; ``ConfigError`` names the ones there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"{name!r} is not a preset; {allowed(name, PRESETS)}")
+    return StackWiseConfig.from_dict(PRESETS[name])
 
 
 def template(config: StackWiseConfig, about: str) -> str:
