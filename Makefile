@@ -27,6 +27,7 @@ help:
 	@echo "make gpu       the tests that need a GPU, and a table of speed and memory"
 	@echo "make hostile   some two thousand damaged and hostile inputs, each answered, none believed"
 	@echo "make lint      formatter, linter and type checker"
+	@echo "make dist      the wheel and the sdist, in dist/"
 	@echo "make picture   draw the README's picture from $(OUT)"
 	@echo "make clean     remove .venv and caches (runs stay)"
 
@@ -56,6 +57,9 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist: $(VENV)/.stamp-dev
+	$(BIN)/python -m hatchling build -t sdist -t wheel
 
 picture: $(VENV)/.stamp-report
 	$(BIN)/python -m stackwise.report.picture $(OUT) docs/demo.svg

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from stackwise.config import rules, yaml_io
+from stackwise.config import rules, shipped, yaml_io
 from stackwise.config.legacy import OLD_KEYS, load_legacy
 from stackwise.config.messages import explain, section_of, takes_text, unknown_key
 from stackwise.config.model import ArchitectureConfig, ModelConfig
@@ -94,22 +94,26 @@ class StackWiseConfig(Settings):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file. Raises ``ConfigError`` in one line."""
+def read_text(path: str | Path) -> str:
+    """The text of a YAML file, or of a config that comes with the package. Raises ``ConfigError`` in one line."""
     path = Path(path)
     try:
         if path.is_fifo() and not path.is_relative_to("/dev"):  # the shell's <(…) is below /dev
             raise ConfigError(f"{path}: is a named pipe; give a regular file")
-        with open(path, "rb") as file:
-            content = file.read(yaml_io.MAX_BYTES + 1)  # one more than parse takes
-        text = content.decode("utf-8", "replace" if len(content) > yaml_io.MAX_BYTES else "strict")
+        with open(shipped.locate(path), "rb") as file:
+            content = file.read(yaml_io.MAX_BYTES + 1)  # one more than is parsed
+        return content.decode("utf-8", "replace" if len(content) > yaml_io.MAX_BYTES else "strict")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such config file{shipped.hint(path)}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a config: the file is not UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error.strerror or error}") from None
-    data = yaml_io.parse(text, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file. Raises ``ConfigError`` in one line."""
+    data = yaml_io.parse(read_text(path), str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
