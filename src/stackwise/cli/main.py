@@ -37,6 +37,7 @@ from stackwise.cli import (
     import_,
     init,
     join,
+    migrate,
     plan,
     recipes,
     resume,
@@ -88,6 +89,7 @@ app.command()(generate.generate)
 app.command(short_help="Write a run as a folder that transformers loads.")(export.export)
 app.command("import", short_help="Bring a Hugging Face folder in as a run.")(import_.import_)
 app.command(short_help="Join experts that were trained apart.")(join.join)
+app.command(short_help="Rewrite configs of the first public versions.")(migrate.migrate)
 app.command()(doctor.doctor)
 
 

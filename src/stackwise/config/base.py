@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from stackwise.config import rules, shipped, yaml_io
-from stackwise.config.legacy import OLD_KEYS, load_legacy
+from stackwise.config.legacy import LOADS, load_legacy
 from stackwise.config.messages import explain, section_of, takes_text, unknown_key
 from stackwise.config.model import ArchitectureConfig, ModelConfig
 from stackwise.config.run import Settings
@@ -151,7 +151,7 @@ def _setting(key: str) -> tuple[type[Section] | None, FieldInfo | None]:
     path = tuple(key.split("."))
     section = section_of(StackWiseConfig, path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
-    if field is None and key not in OLD_KEYS:
+    if field is None and key not in LOADS:
         raise ConfigError(unknown_key(StackWiseConfig, path))
     return section, field
 

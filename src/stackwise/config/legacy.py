@@ -1,4 +1,4 @@
-"""Old keys that still load. Each warns, and says what to write instead."""
+"""Old keys that still load. Each warns, and says what to write instead; ``stackwise migrate`` rewrites the file."""
 
 from __future__ import annotations
 
@@ -7,88 +7,84 @@ import inspect
 import warnings
 from typing import Any
 
+from stackwise.config.old_keys import OLD_KEYS, Old
 from stackwise.errors import ConfigError
 
-OLD_KEYS = ("model.n_blocks", "model.architecture.n_blocks")
-
-_GONE = {
-    "time_step_masking": "training.progressive: {training_objective: diffusion, time_interpretation: depth}",
-    "num_time_steps": "model.architecture.n_stacks, one Stack for each interval of noise levels",
-    "time_step_mask_fractions": "training.diffusion.levels, a list of rates from 1 down to 0, or for mlm "
-    "training.masking.stack_rates, one rate a Stack",
-}
-"""Old keys of ``training`` (or its section ``progressive``) whose meaning has moved: what to write."""
-
-_RENAMED = {"mask_fraction_min": "rate", "mask_fraction_max": "max_rate"}
-"""Old keys of the same place that are now keys of ``training.masking``."""
+BLOCKS = ("model.n_blocks", "model.architecture.n_blocks")
+LOADS = (*BLOCKS, *(old.key for old in OLD_KEYS if old.loads))
+"""Keys that are read, though they are not in the schema."""
 
 
 def migrate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """``data`` in today's keys, and one sentence for each old key that was replaced.
+    """``data`` in today's keys where it has old ones that load, and one sentence for each of these.
 
-    ``n_blocks`` (under ``model`` or ``model.architecture``) counted the Blocks of the whole Rack.
+    Raises:
+        ConfigError: for old keys that do not load, with what to write; ``n_blocks`` that cannot be meant.
     """
     data = copy.deepcopy(data)
-    notes = _old_masking(data)
+    notes: list[str] = []
+    for old in OLD_KEYS:
+        *names, last = old.key.split(".")
+        section: Any = data
+        for name in names:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section and old.to != old.key:
+            notes += _replaced(old, data, section, last)
+    return data, notes + _blocks(data)
+
+
+def _replaced(old: Old, data: dict[str, Any], section: dict[str, Any], last: str) -> list[str]:
+    """Moves the value of ``old``, which is ``section[last]``, to its key of today."""
+    if not old.loads and old.to:
+        raise ConfigError(f"{old.key}: unknown key; did you mean {old.to}?")
+    if not old.loads:
+        raise ConfigError(f"{old.key}: this key no longer exists; {old.why} (stackwise migrate rewrites old configs)")
+    value, target = section.pop(last), data
+    *names, key = old.to.split(".")
+    for name in names:
+        target = target.setdefault(name, {}) if isinstance(target, dict) else {}
+    if not isinstance(target, dict) or target.get(key, value) != value:
+        raise ConfigError(f"{old.key}: {value!r} contradicts {old.to}; keep {old.to}")
+    target[key] = value
+    return [f"{old.key} is deprecated; write {'.'.join(names)}: {{{key}: {value}}}"]
+
+
+def blocks_in_stacks(key: str, n_blocks: Any, n_stacks: Any, blocks_per_stack: Any) -> int:
+    """Blocks in each of ``n_stacks`` Stacks where ``key`` counts those of the whole Rack; ConfigError if none fits."""
+    if isinstance(n_blocks, bool) or not isinstance(n_blocks, int) or n_blocks < 1:
+        raise ConfigError(f"{key}: {n_blocks!r} is not allowed; must be a whole number, at least 1")
+    if isinstance(n_stacks, bool) or not isinstance(n_stacks, int) or n_stacks < 1 or n_blocks % n_stacks:
+        raise ConfigError(
+            f"{key}: {n_blocks} cannot be divided among n_stacks ({n_stacks!r}); "
+            "set model.architecture.blocks_per_stack"
+        )
+    per_stack = n_blocks // n_stacks
+    if blocks_per_stack not in (None, per_stack):
+        raise ConfigError(
+            f"{key}: {n_blocks} contradicts model.architecture.blocks_per_stack "
+            f"({blocks_per_stack!r}); keep blocks_per_stack"
+        )
+    return per_stack
+
+
+def _blocks(data: dict[str, Any]) -> list[str]:
+    """Replaces ``n_blocks``, which counted the Blocks of the whole Rack."""
+    notes = list[str]()
     model = data.get("model")
-    if not isinstance(model, dict):
-        return data, notes
-    architecture = model.get("architecture")
+    architecture = model.get("architecture") if isinstance(model, dict) else None
     architecture = {} if architecture is None else architecture
-    if not isinstance(architecture, dict):
-        return data, notes
-    found = [
-        (where, section)
-        for where, section in (("model", model), ("model.architecture", architecture))
-        if "n_blocks" in section
-    ]
-    for where, section in found:
-        n_blocks = section.pop("n_blocks")
+    if not isinstance(model, dict) or not isinstance(architecture, dict):
+        return notes
+    for key, section in zip(BLOCKS, (model, architecture)):
+        if "n_blocks" not in section:
+            continue
         n_stacks = architecture.get("n_stacks", 1)
-        if isinstance(n_blocks, bool) or not isinstance(n_blocks, int) or n_blocks < 1:
-            raise ConfigError(f"{where}.n_blocks: {n_blocks!r} is not allowed; must be a whole number, at least 1")
-        if isinstance(n_stacks, bool) or not isinstance(n_stacks, int) or n_stacks < 1 or n_blocks % n_stacks:
-            raise ConfigError(
-                f"{where}.n_blocks: {n_blocks} cannot be divided among n_stacks ({n_stacks!r}); "
-                "set model.architecture.blocks_per_stack"
-            )
-        per_stack = n_blocks // n_stacks
-        if architecture.get("blocks_per_stack", per_stack) != per_stack:
-            raise ConfigError(
-                f"{where}.n_blocks: {n_blocks} contradicts model.architecture.blocks_per_stack "
-                f"({architecture['blocks_per_stack']!r}); keep blocks_per_stack"
-            )
+        per_stack = blocks_in_stacks(key, section.pop("n_blocks"), n_stacks, architecture.get("blocks_per_stack"))
         architecture.update(n_stacks=n_stacks, blocks_per_stack=per_stack)
         model["architecture"] = architecture
         notes.append(
-            f"{where}.n_blocks is deprecated; write model.architecture: "
-            f"{{n_stacks: {n_stacks}, blocks_per_stack: {per_stack}}}"
+            f"{key} is deprecated; write model.architecture: {{n_stacks: {n_stacks}, blocks_per_stack: {per_stack}}}"
         )
-    return data, notes
-
-
-def _old_masking(data: dict[str, Any]) -> list[str]:
-    """Moves the old rates of masking in ``data``; refuses old keys that nothing can stand for, with the new ones."""
-    training, notes = data.get("training"), list[str]()
-    if not isinstance(training, dict):
-        return notes
-    for where, section in (("training", training), ("training.progressive", training.get("progressive"))):
-        if not isinstance(section, dict):
-            continue
-        for key, instead in _GONE.items():
-            if key in section:
-                raise ConfigError(f"{where}.{key}: this key no longer exists; write {instead}")
-        for key, name in _RENAMED.items():
-            if key not in section:
-                continue
-            masking = training.setdefault("masking", {})
-            value = section.pop(key)
-            if not isinstance(masking, dict) or masking.get(name, value) != value:
-                raise ConfigError(
-                    f"{where}.{key}: {value!r} contradicts training.masking.{name}; keep training.masking.{name}"
-                )
-            masking[name] = value
-            notes.append(f"{where}.{key} is deprecated; write training.masking: {{{name}: {value}}}")
     return notes
 
 
