@@ -16,10 +16,11 @@ _LIES_IN = {
     "generate": "stackwise.runs.functions",
     "load": "stackwise.runs.run",
     "plan": "stackwise.runs.functions",
+    "resume": "stackwise.runs.functions",
     "train": "stackwise.runs.functions",
 }
 
-__all__ = ["__version__", "evaluate", "generate", "load", "plan", "train"]
+__all__ = ["__version__", "evaluate", "generate", "load", "plan", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

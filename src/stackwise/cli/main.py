@@ -80,7 +80,7 @@ def _root(
 app.command(short_help="Grow a small model on text that every machine has.")(demo.demo)
 app.command(epilog=init.EPILOG)(init.init)
 app.command()(train.train)
-app.command()(resume.resume)
+app.command(short_help="Continue a run, where asked with other settings.")(resume.resume)
 app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
 app.command(short_help="Train by several recipes at equal FLOPs, side by side.")(compare.compare)
 app.command(short_help="List the named ways to train.")(recipes.recipes)

@@ -94,6 +94,27 @@ class StackWiseConfig(Settings):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys; lists and empty sections whole."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def why_fixed(key: str) -> str | None:
+    """Why the setting with a dotted ``key`` may not change in mid-run; None where it may."""
+    reason, path = "", tuple(key.split("."))
+    for depth, name in enumerate(path):
+        section = section_of(StackWiseConfig, path[:depth])
+        if section is None:
+            break
+        if name in section.steerable:
+            return None
+        reason = section.fixed or reason
+    return reason
+
+
 def read_text(path: str | Path) -> str:
     """The text of a YAML file, or of a config that comes with the package. Raises ``ConfigError`` in one line."""
     path = Path(path)

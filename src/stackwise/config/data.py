@@ -32,6 +32,8 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
+    fixed = "the batch of each step follows from the text and how it is read"
+
     source: SourceName = Field(
         "python-stdlib",
         description="python-stdlib: the library sources on this machine; files: local files (path); huggingface: a "

@@ -128,6 +128,8 @@ class TokenizerEmbeddingConfig(Section):
 
 
 class ModelConfig(Section):
+    fixed = "the weights of the run have its shape"
+
     initial: str | None = Field(
         None, description="Run whose Rack the first phase starts from (set by train --from); null: none"
     )

@@ -16,6 +16,9 @@ else:
 
 
 class OptimizerConfig(Section):
+    steerable = ("lr", "weight_decay", "betas", "eps", "momentum")
+    fixed = "the moments in its checkpoints have the form that it says"
+
     optimizer_type: OptimizerName = Field(
         "adamw", description="adamw; muon: Muon on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
     )

@@ -66,6 +66,12 @@ class LoggingConfig(Section):
 
 class TrainingConfig(Section):
     alternatives = ("max_steps", "max_tokens", "max_flops")
+    steerable = (
+        *alternatives, "micro_batch_size", "grad_clip", "device", "cpu_allocator", "compile",
+        "activation_checkpointing", "offload", "schedule", "evaluation", "keep_best", "early_stopping", "checkpoint",
+        "logging",
+    )  # fmt: skip
+    fixed = "the phases, batches and moments of the run follow from it"
 
     strategy: StrategyName = Field(
         "progressive",

@@ -38,6 +38,10 @@ class Section(BaseModel):
 
     alternatives: ClassVar[tuple[str, ...]] = ()
     """Keys of which at most one is set; overriding one clears the others."""
+    steerable: ClassVar[tuple[str, ...]] = ()
+    """Keys, sections whole, that ``stackwise resume RUN key=value`` may change in mid-run."""
+    fixed: ClassVar[str] = ""
+    """Why the others may not; empty: as of the section around it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -347,6 +347,7 @@ def build_phases(
     step_flops: StepFlops | None = None,
     present: tuple[int, ...] = (),
     preparation: Callable[[Sequence[Phase]], float] | None = None,
+    given: Sequence[int] = (),
 ) -> list[Phase]:
     """The phases of the run that ``config`` describes.
 
@@ -354,11 +355,12 @@ def build_phases(
         step_flops: needed when the budget is in FLOPs.
         present: ids of the Stacks that the Rack has before the run, left to right.
         preparation: FLOPs of all phases before their first steps, which a budget in FLOPs pays for; default none.
+        given: the steps of the first phases, where they are known: the others share what is left of the budget.
 
     Raises:
         UserError: the budget gives some phase no step.
     """
-    drafts = _over_time(CURRICULA[config.training.strategy].load()(config, present), config)
+    drafts = _drafts(config, present)
     unit, budget = config.training.budget
     costs: list[float] = []
     for draft in drafts:
@@ -372,10 +374,10 @@ def build_phases(
             costs.append(step_flops(draft.phase))
     for_steps = budget
     while True:
-        phases = _with_steps(drafts, costs, for_steps, unit, budget)
+        phases = _with_steps(drafts, costs, for_steps, unit, budget, given)
         if any(phase.cached for phase in phases):
             phases = _sharing_examples(phases, config)
-        if unit != "flops" or preparation is None:
+        if unit != "flops" or preparation is None or len(given) == len(drafts):
             break
         total = sum(phase.steps * cost for phase, cost in zip(phases, costs)) + preparation(phases)
         if total <= budget:
@@ -383,6 +385,15 @@ def build_phases(
         # What comes before the steps grows with their number: fewer of them, until both fit.
         for_steps *= min(budget / total, 1.0 - 1e-3)
     return _with_schedules(phases, config.training.schedule)
+
+
+def count_phases(config: StackWiseConfig, present: tuple[int, ...] = ()) -> int:
+    """How many phases ``build_phases`` gives."""
+    return len(_drafts(config, present))
+
+
+def _drafts(config: StackWiseConfig, present: tuple[int, ...]) -> list[Draft]:
+    return _over_time(CURRICULA[config.training.strategy].load()(config, present), config)
 
 
 def _over_time(drafts: list[Draft], config: StackWiseConfig) -> list[Draft]:
@@ -429,12 +440,16 @@ def _of_expert(drafts: list[Draft], expert: int | None) -> list[Draft]:
 
 
 def _with_steps(
-    drafts: Sequence[Draft], costs: Sequence[float], for_steps: float, unit: str, budget: float
+    drafts: Sequence[Draft], costs: Sequence[float], for_steps: float, unit: str, budget: float, given: Sequence[int]
 ) -> list[Phase]:
     """Whole steps, rounding each phase's end rather than its length, so that all is used up to the last step."""
-    phases, spent, due = [], 0.0, 0.0
-    for draft, cost in zip(drafts, costs):
-        due = due + draft.share * for_steps if draft is not drafts[-1] else for_steps
+    phases = [replace(draft.phase, steps=steps) for draft, steps in zip(drafts, given)]
+    spent = due = sum(phase.steps * cost for phase, cost in zip(phases, costs))
+    rest = drafts[len(given) :]
+    # Shares of the whole are taken as they are: scaled by 1, their sums would be rounded in another way.
+    room = (for_steps - spent) / sum(draft.share for draft in rest) if given and rest else for_steps
+    for draft, cost in zip(rest, costs[len(given) :]):
+        due = due + draft.share * room if draft is not drafts[-1] else for_steps
         steps = math.floor((due - spent) / cost + 1e-9)
         if steps < 1:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def plan_phases(
     present: tuple[int, ...] = (),
     machine: Machine | None = None,
     rack: Rack | None = None,
+    given: Sequence[int] = (),
 ) -> Planned:
     """Plans without data or weights.
 
@@ -52,10 +53,11 @@ def plan_phases(
         present: ids of the Stacks that are there before the first phase, left to right.
         machine: what it will run on; default the device here that ``config`` means.
         rack: the Rack that the run starts from, where that was not made from ``config``; it is only looked at.
+        given: the steps of the first phases, where they do not follow from the budget.
     """
     machine = machine or this_machine(config.training)
     cost = PhaseCoster(config, vocab_size, machine.compute_dtype, rack, device=machine.device.type)
-    phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation)
+    phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation, given)
     return Planned(phases, [cost(phase) for phase in phases], machine.device, machine.compute_dtype, vocab_size)
 
 

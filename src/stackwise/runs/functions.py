@@ -1,4 +1,4 @@
-"""``stackwise.train``, ``plan`` and ``generate``: the commands of the same names, as one call in Python each."""
+"""``stackwise.train``, ``resume``, ``plan``, ``generate``: the commands of the same names, one call in Python each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stackwise.config.base import StackWiseConfig
+from stackwise.config.base import StackWiseConfig, as_override
 from stackwise.generation.filling import fill_texts, starting_ids
 from stackwise.generation.sampling import row_seeds
 from stackwise.generation.text import stream_text
@@ -17,6 +17,7 @@ from stackwise.runs.initial import initial_stacks
 from stackwise.runs.run import LoadedRun, load, resume_run, train_run
 from stackwise.store.identity import check_same_run
 from stackwise.store.rundir import RunDir
+from stackwise.store.state import StepName
 from stackwise.training.callbacks import Callbacks, Seen
 from stackwise.training.progress import Reporter, console_reporter
 
@@ -53,6 +54,28 @@ def train(
         return train_run(settings, out, reporter, callbacks)
     check_same_run(RunDir.open(out), resolve_family(settings))
     return resume_run(out, reporter, callbacks=callbacks)
+
+
+def resume(
+    run: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    step: StepName | None = None,
+    on_step: Seen | None = None,
+    on_phase: Seen | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Goes on with the run directory ``run`` where it stopped, or from its checkpoint of ``step`` (``best``: the best).
+
+    Args:
+        changes: settings that hold from there on, by dotted key: ``{"training.optimizer.lr": 1e-4}``. ``stackwise
+            resume --help`` lists what can change.
+        on_step, on_phase, reporter: as for ``train``.
+
+    Returns and raises as ``train``.
+    """
+    overrides = [as_override(key, value) for key, value in (changes or {}).items()]
+    return resume_run(run, reporter or console_reporter(), step, overrides, callbacks=Callbacks.of(on_step, on_phase))
 
 
 def plan(config: AnyConfig) -> Plan:

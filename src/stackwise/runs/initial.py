@@ -8,6 +8,7 @@ from typing import Any
 from stackwise.config.base import StackWiseConfig, read_yaml
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
+from stackwise.store.changes import Changes
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.identity import check_config
 from stackwise.store.rundir import RunDir
@@ -72,7 +73,7 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     if not store.has_any():
         raise UserError(f"model.initial: {config.model.initial!r} has no checkpoint yet")
     checkpoint = load_checkpoint(store)
-    check_config(checkpoint, base, run.config)
+    check_config(checkpoint, Changes.of(run).config_of(checkpoint.step, base), run.config)
     for k in checkpoint.state["stacks"]:
         there, here = base.model.architecture.blocks_of(k), config.model.architecture.blocks_of(k)
         if there != here:

@@ -27,8 +27,10 @@ from stackwise.planning.devices import available_memory
 from stackwise.planning.plan import Planned, plan_phases
 from stackwise.runs.build import create_loop, train_to_summary
 from stackwise.runs.initial import initial_checkpoint, initial_rack
+from stackwise.runs.steering import Course
 from stackwise.runs.validation import validate_run, windows_of
 from stackwise.signals import stop_if_asked, stoppable
+from stackwise.store.changes import Changes
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.identity import check_config, check_data, check_tokenizer, identity, run_fingerprint
 from stackwise.store.origin import check_origin, signature
@@ -90,6 +92,7 @@ def load(path: str | Path, step: StepName | None = None, device: str | torch.dev
     checkpoint = load_checkpoint(store, step)
     if step is None:
         _check_against_summary(run, checkpoint.step)
+    config = Changes.of(run).config_of(checkpoint.step, config)
     check_config(checkpoint, config, run.config)
     tokenizer = None
     if config.data.source != "loader" or run.tokenizer.exists():
@@ -147,6 +150,7 @@ def resume_run(
     path: str | Path,
     reporter: Reporter,
     step: StepName | None = None,
+    overrides: Sequence[str] = (),
     *,
     trust_paths: bool = False,
     callbacks: Callbacks = NO_CALLBACKS,
@@ -154,10 +158,11 @@ def resume_run(
     """Goes on with a run from its newest checkpoint, or from that of ``step``; from the start when it has none.
 
     Args:
+        overrides: ``key.path=value`` settings that hold from the next step on (``config.section.Section.steerable``).
         trust_paths: what the config of a run that was not begun here names outside its folder may be used, from now on.
     """
     run = RunDir.open(path)
-    if run.is_complete() and step is None:
+    if run.is_complete() and step is None and not overrides:
         _check_against_summary(run, load_checkpoint(CheckpointStore(run.checkpoints)).step)
         reporter.note(f"{path} is complete; nothing to do")
         return read_summary(run)
@@ -168,7 +173,7 @@ def resume_run(
             write_text_atomic(run.origin, own)
         if not trust_paths:
             check_origin(run, config, OUTSIDE, "")
-        return _go(run, config, reporter, step, callbacks)
+        return _go(run, config, reporter, step, callbacks, overrides)
 
 
 def _prospect(path: str | Path) -> str:
@@ -226,20 +231,23 @@ def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None
 
 
 def _go(
-    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: StepName | None, callbacks: Callbacks
+    run: RunDir,
+    config: StackWiseConfig,
+    reporter: Reporter,
+    step: StepName | None,
+    callbacks: Callbacks,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     try:
         stop_if_asked()
-        return _train(run, config, reporter, step, callbacks)
+        checkpoint = checkpoint_to_go_on_from(run, config, step)
+        return _train(Course.of(run, config, checkpoint, overrides), checkpoint, reporter, callbacks)
     finally:
         reporter.close()
 
 
-def _train(
-    run: RunDir, config: StackWiseConfig, reporter: Reporter, step: StepName | None, callbacks: Callbacks
-) -> dict[str, Any]:
-    training = config.training
-    checkpoint = checkpoint_to_go_on_from(run, config, step)
+def _train(course: Course, checkpoint: Checkpoint | None, reporter: Reporter, callbacks: Callbacks) -> dict[str, Any]:
+    run, config, training = course.run, course.config, course.config.training
     data = run_data(run, config, checkpoint, reporter)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
@@ -258,7 +266,8 @@ def _train(
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
-    planned = plan_phases(config, _vocab_size(config, data.tokenizer), present)
+    planned = plan_phases(config, _vocab_size(config, data.tokenizer), present, given=course.given(present))
+    course.check(planned.phases)
     _refuse_if_too_large(planned)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
         check_scorable(objectives[name].during(noise), data.validation, **windows_of(training))
@@ -285,6 +294,7 @@ def _train(
         config, rack, planned, TokenSource(loader, objectives[training.objective]), objectives, reporter, memory,
         validate=score, run=run, identity=about, checkpoint=checkpoint, callbacks=callbacks,
     )  # fmt: skip
+    course.take(loop.state, planned.phases, reporter)
     data.verify()
     return train_to_summary(loop, run)
 
@@ -305,7 +315,7 @@ def checkpoint_to_go_on_from(run: RunDir, config: StackWiseConfig, step: StepNam
     checkpoint = load_checkpoint(store, step)
     if checkpoint.state["fingerprint"] == IMPORTED:
         raise UserError(f"{run.path} was imported and not trained; use train CONFIG --from {run.path} --out RUN")
-    check_config(checkpoint, config, run.config)
+    check_config(checkpoint, Changes.of(run).config_of(checkpoint.step, config), run.config)
     return checkpoint
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stackwise.config.base import StackWiseConfig
+from stackwise.config.base import StackWiseConfig, dotted, why_fixed
 from stackwise.data.store import PreparedData
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
@@ -24,8 +23,9 @@ _FREE = ("device", "cpu_allocator", "logging", "checkpoint")
 
 
 def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
-    """A hash of the data, its bytes included, and of every setting that decides what the steps compute."""
-    return _fingerprint(config, [data.key, data.sha256])
+    """A hash of the data, its bytes included, and of every setting that decides what the run computes throughout."""
+    settings = {key: value for key, value in _settings(config).items() if why_fixed(key) is not None}
+    return hashlib.sha256(json.dumps([settings, data.key, data.sha256], sort_keys=True).encode()).hexdigest()
 
 
 def identity(config: StackWiseConfig, tokenizer: Tokenizer | None, data: PreparedData | None) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def check_config(checkpoint: Checkpoint, config: StackWiseConfig, file: Path) ->
     here = _settings(config)
     for key in sorted(saved.keys() & here.keys()):
         if saved[key] != here[key]:
+            change = "" if why_fixed(key) is not None else f" (stackwise resume {file.parent} {key}=… changes it)"
             raise UserError(
                 f"{file}: {key} is {here[key]!r}, but the checkpoint of step {checkpoint.step} was trained with "
-                f"{saved[key]!r}: this config.yaml does not belong to it; put the run's own one back"
+                f"{saved[key]!r}: this config.yaml does not belong to it; put the run's own one back{change}"
             )
 
 
@@ -103,14 +104,7 @@ def _all_settings(config: StackWiseConfig) -> dict[str, Any]:
     for key in _FREE:
         settings["training"].pop(key)
     del settings["data"]["cache_dir"]
-    return dict(_flat(settings, ""))
-
-
-def _flat(section: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
-    return flat
+    return dotted(settings)
 
 
 def _fingerprint(config: StackWiseConfig, data: object) -> str:

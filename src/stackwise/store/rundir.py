@@ -1,7 +1,8 @@
 """The run directory: what it holds and who may train in it.
 
-``config.yaml`` (resolved), ``tokenizer/``, ``metrics.jsonl`` (one object a logged step), ``checkpoints/``, ``cache/``
-and, once the run is complete, ``summary.json``.
+``config.yaml`` (resolved), ``changes.json`` (where settings were changed in mid-run), ``tokenizer/``,
+``metrics.jsonl`` (one object a logged step), ``checkpoints/``, ``cache/`` and, once the run is complete,
+``summary.json``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 _FOLDERS = ("checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard")
 """In which a run writes."""
 
-_FILES = r"\.origin|config\.yaml|metrics\.jsonl|summary\.json|tokenizer"
+_FILES = r"\.origin|config\.yaml|changes\.json|metrics\.jsonl|summary\.json|tokenizer"
 """What a killed process may have left half written in the run directory itself."""
 
 
@@ -63,6 +64,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.changes = self.path / "changes.json"
         self.tokenizer = self.path / "tokenizer"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
