@@ -26,7 +26,7 @@ from stackwise.ops.precision import resolve_device
 from stackwise.planning.devices import available_memory
 from stackwise.planning.plan import Planned, plan_phases
 from stackwise.runs.build import create_loop, train_to_summary
-from stackwise.runs.initial import initial_checkpoint, initial_rack
+from stackwise.runs.initial import initial_checkpoint, initial_rack, resolve_initial
 from stackwise.runs.steering import Course
 from stackwise.runs.validation import validate_run, windows_of
 from stackwise.signals import stop_if_asked, stoppable
@@ -98,7 +98,7 @@ def load(path: str | Path, step: StepName | None = None, device: str | torch.dev
     if config.data.source != "loader" or run.tokenizer.exists():
         tokenizer = load_tokenizer(run.tokenizer)
         check_tokenizer(checkpoint, tokenizer, run.tokenizer)
-    rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
+    rack = rack_of_checkpoint(checkpoint, config, vocab_size_of(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint)
 
 
@@ -112,7 +112,8 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
         )
 
 
-def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
+def vocab_size_of(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
+    """Rows of the embedding: the config's, else the tokenizer's. ConfigError where the config's are too few."""
     wanted = config.model.vocab_size
     if tokenizer is None:
         assert wanted is not None, "a trainer writes it"
@@ -136,7 +137,7 @@ def train_run(
             f"training.progressive.training_objective: {labelled[0]!r} takes its targets from a data loader, in Python "
             f"(ProgressiveTrainer, ArchitectureTrainer); allowed here: {', '.join(text_objectives())}"
         )
-    config = resolve_family(config)
+    config = resolve_initial(resolve_family(config))
     with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml(), signature(config)) as run:
         try:
             return _go(run, config, reporter, None, callbacks)
@@ -266,7 +267,7 @@ def _train(course: Course, checkpoint: Checkpoint | None, reporter: Reporter, ca
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
     present = () if initial is None else tuple(initial.state["stacks"])
-    planned = plan_phases(config, _vocab_size(config, data.tokenizer), present, given=course.given(present))
+    planned = plan_phases(config, vocab_size_of(config, data.tokenizer), present, given=course.given(present))
     course.check(planned.phases)
     _refuse_if_too_large(planned)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
