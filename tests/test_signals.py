@@ -97,19 +97,15 @@ def signal_inside_torch(which: signal.Signals, monkeypatch: pytest.MonkeyPatch) 
 
 
 @BOTH
-def test_a_signal_while_the_run_is_planned_stops_it_and_resume_trains_it(
+def test_a_signal_while_the_run_is_planned_leaves_nothing(
     which: signal.Signals, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = config.parent / "run"
     with monkeypatch.context() as patch:
         signal_inside_torch(which, patch)
-        assert main(["train", str(config), "--out", str(run)]) == 3
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"stackwise: stopped by {which.name}; "
-        f"stackwise resume {run} continues from the last checkpoint, or from the start"
-    )
-    assert not (run / "checkpoints").exists()
-    assert main(["resume", str(run)]) == 0
+        assert main(["train", str(config), "--out", str(run)]) == 130
+    assert capsys.readouterr() == ("", "stackwise: interrupted\n")
+    assert not run.exists()
 
 
 def test_a_signal_while_a_plan_is_made_is_one_line(
@@ -133,7 +129,8 @@ def test_a_signal_while_text_is_prepared_leaves_no_token_store(
         patch.setattr(store, "_scan", scanned)
         assert main(["train", str(config), "--out", str(run)]) == 3
     assert "stopped by SIGINT" in capsys.readouterr().err
-    assert [path for path in (config.parent / "cache").rglob("*") if path.is_file() and path.name != ".lock"] == []
+    left = [path for path in (config.parent / "cache").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {path.parent.name for path in left} <= {"hashes"}, "the memo of what a file's content is"
     assert main(["resume", str(run)]) == 0
 
 

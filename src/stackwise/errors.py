@@ -20,6 +20,14 @@ class StoppedBySignal(RuntimeError):
     """A signal stopped the run after a resumable checkpoint was saved. Commands exit with code 3."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed: Python's, or that of one of torch's devices."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported
+        return True
+    said = ("DefaultCPUAllocator: ", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
 STOPPED = 3
 """The exit code of ``StoppedBySignal``."""
 

@@ -56,6 +56,14 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the first folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def sync_directory(folder: Path) -> None:
     """Makes the names in ``folder`` durable (a rename or a deletion is not, until its directory is synced)."""
     descriptor = os.open(folder, os.O_RDONLY)

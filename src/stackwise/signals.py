@@ -18,8 +18,13 @@ from types import FrameType
 from stackwise.errors import INTERRUPTED, STOPPED, StoppedBySignal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AFTER_STEP = "stopping after this step"
 PARENT_PIPE = "STACKWISE_PARENT_PIPE"
 """Environment variable: the descriptor of a pipe that closes when the process that started this one ends."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A noted signal, at a safe point from which nothing goes on."""
 
 
 class StopRequest:
@@ -41,10 +46,15 @@ _current: StopRequest | None = None
 
 
 @contextlib.contextmanager
-def stoppable(prospect: str | None = None) -> Iterator[StopRequest]:
-    """Within the block a first signal is noted and ends nothing; a second one goes to the handler from before.
+def stoppable(prospect: str | None = None, answer: str | None = AFTER_STEP) -> Iterator[StopRequest]:
+    """Within the block a first signal is noted, with a line, and ends nothing; a second one goes to the handler from
+    before.
 
     A block within a block shares the outer request. In the main thread only; elsewhere the request stays empty.
+
+    Args:
+        prospect: as of ``StopRequest``.
+        answer: what the line says; ``None``: there is none, since the work is short.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
@@ -59,6 +69,9 @@ def stoppable(prospect: str | None = None) -> Iterator[StopRequest]:
         handler = previous[signal.Signals(number)]
         if request.name is None:
             request.name = signal.Signals(number).name
+            again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+            if answer is not None:
+                _say(f"{answer}; {again} ends at once", "\r\x1b[2K")  # over the line of a progress bar
         elif callable(handler):
             handler(number, frame)
         else:
@@ -77,11 +90,17 @@ def stoppable(prospect: str | None = None) -> Iterator[StopRequest]:
 
 
 def stop_if_asked() -> None:
-    """A safe point: raises ``StoppedBySignal`` (``KeyboardInterrupt`` without a prospect) once a signal is noted."""
+    """A safe point: raises ``StoppedBySignal`` (``Stopped`` without a prospect) once a signal is noted."""
     if _current:
         if _current.prospect is None:
-            raise KeyboardInterrupt
+            raise Stopped
         raise StoppedBySignal(f"stopped by {_current.name}; {_current.prospect}")
+
+
+def _say(line: str, on_terminal: str) -> None:
+    """Writes a line to stderr from within a handler; ``on_terminal`` comes before it where that is a terminal."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{on_terminal if os.isatty(2) else ''}stackwise: {line}\n".encode())
 
 
 @contextlib.contextmanager
@@ -94,9 +113,7 @@ def leave_on_signal() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         prospect = None if _current is None else _current.prospect
         line = f"stopped at once; {prospect}" if prospect else "interrupted"
-        shown = "\r\x1b[?25h\n" if os.isatty(2) else ""  # the cursor that a progress bar has hidden
-        with contextlib.suppress(OSError):  # nobody reads it
-            os.write(2, f"{shown}stackwise: {line}\n".encode())
+        _say(line, "\r\x1b[?25h\n")  # the cursor that a progress bar has hidden
         os._exit(STOPPED if prospect else INTERRUPTED)
 
     for which in SIGNALS:

@@ -65,11 +65,11 @@ def tokenizer_file(path, model):
     ("case", "said"),
     [
         ("too little to validate", "needs at least 12 validation tokens, but there are 9"),
-        ("nothing masked to validate", "no token is masked in the 1 windows"),
+        ("nothing masked to validate", "no token is masked in the 1 window of"),
         ("cache is a file", "the token store cannot be written: Not a directory (data.cache_dir"),
         ("no token for unknown words", "data.tokenizer: the tokenizer cannot encode the text"),
         ("characters dropped", "data.tokenizer: the tokenizer has no token for 'f'"),
-        ("larger than any machine", "a step of this run takes"),
+        ("larger than any machine", "this run does not fit: it needs"),
     ],
 )
 def test_what_is_known_before_training_is_said_before_it_and_leaves_nothing(tmp_path, capsys, monkeypatch, case, said):

@@ -114,23 +114,23 @@ def _writing_calls(hit: Hit | None, count: Path) -> Callable[[], None]:
     return lambda: print(calls, file=count.open("w"))
 
 
-def _plan_key(*what: Any) -> str:
-    config, vocab_size, present = what
+def _plan_key(config: Any, vocab_size: int, present: Sequence[int]) -> str:
     settings = {key: value for key, value in config.to_dict().items() if key != "data"}
     return json.dumps([settings, vocab_size, present], sort_keys=True)
 
 
 def _planning(plans: Mapping[str, Any], note: Path) -> None:
     """Takes a run's plan from ``plans`` where it is among them, and notes of what it was made."""
-    from stackwise.runs import run
+    from stackwise.runs import limits
 
-    inner = run.plan_phases
+    inner = limits.plan_run
 
-    def plan_phases(*what: Any) -> Any:
-        note.write_text(json.dumps([what[0].to_dict(), *what[1:]]))
-        return plans.get(_plan_key(*what)) or inner(*what)
+    def plan_run(config: Any, folder: Path, *, vocab_size: int, present: Sequence[int], **rest: Any) -> Any:
+        note.write_text(json.dumps([config.to_dict(), vocab_size, present]))
+        known = None if rest["given"] else plans.get(_plan_key(config, vocab_size, present))
+        return known or inner(config, folder, vocab_size=vocab_size, present=tuple(present), **rest)
 
-    run.plan_phases = plan_phases
+    limits.plan_run = plan_run
 
 
 def spawn(arguments: Sequence[str], log: Path, hit: Hit | None, plans: Mapping[str, Any]) -> int:
@@ -342,10 +342,11 @@ class Harness:
     def _plan(self, settings: dict[str, Any], vocab_size: int, present: Sequence[int]) -> None:
         """Makes a plan once, for the processes that take it from here."""
         from stackwise.config.base import StackWiseConfig
-        from stackwise.planning.plan import plan_phases
+        from stackwise.planning.plan import plan_run
 
-        what = StackWiseConfig.from_dict(settings), vocab_size, tuple(present)
-        self.plans[_plan_key(*what)] = plan_phases(*what)
+        config = StackWiseConfig.from_dict(settings)
+        plan = plan_run(config, self.made, vocab_size=vocab_size, present=tuple(present))
+        self.plans[_plan_key(config, vocab_size, present)] = plan
         self._assert_no_threads()
 
     def _make(self, name: str, settings: Sequence[str]) -> None:

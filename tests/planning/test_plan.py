@@ -97,9 +97,9 @@ def test_an_unknown_device_is_refused_with_those_there_are() -> None:
 def test_time_is_flops_at_the_share_of_the_rate_that_is_assumed() -> None:
     given = planned(config(), replace(CPU, flops_per_second=1e9, rate="given"))
     sheet = planned(config(), replace(CPU, flops_per_second=1e9, rate="data sheet"))
-    assert given.seconds == pytest.approx(given.flops / 1e9)
-    assert sheet.seconds == pytest.approx(given.flops / 0.4e9)
-    assert sum(s or 0.0 for s in given.phase_seconds) == pytest.approx(given.seconds)
+    assert given.seconds == pytest.approx((given.flops + given.validation_flops) / 1e9)
+    assert sheet.seconds == pytest.approx((given.flops + given.validation_flops) / 0.4e9)
+    assert sum(s or 0.0 for s in given.phase_seconds) == pytest.approx(given.flops / 1e9)
     assert planned(config()).seconds is None
 
 
@@ -225,8 +225,9 @@ def test_a_recipe_that_does_not_go_with_the_config_is_refused_with_its_reason() 
 
 def test_changes_are_tried_one_by_one_and_then_together() -> None:
     found = list(combinations(config(), ["device memory"]))
-    singles = [change for change in found if len(change) == 1]
-    assert singles[0] == {"training.micro_batch_size": 3}
+    inside = {"training.optimizer.in_backward": True, "training.grad_clip": None}
+    singles = [change for change in found if len(change) == 1 or change == inside]
+    assert inside in singles and singles[0] == {"training.micro_batch_size": 3}
     assert {"training.activation_checkpointing": True} in singles
     assert found[len(singles)] == {"training.micro_batch_size": 1, "training.activation_checkpointing": True}
     assert list(combinations(config(), [])) == []
@@ -409,8 +410,9 @@ def test_the_command_plans_for_a_device_that_is_not_here(file: Path, capsys: pyt
         "reached_flops_per_second": pytest.approx(0.4 * 989e12),
     }  # fmt: skip
     assert found["fits"] is True and "recipes" not in found
-    flops = found["flops"]
-    assert isinstance(flops, float) and found["seconds"] == pytest.approx(flops / (0.4 * 989e12))
+    flops, scoring = found["flops"], found["validation"]
+    assert isinstance(flops, float) and isinstance(scoring, dict)
+    assert found["seconds"] == pytest.approx((flops + scoring["flops"]) / (0.4 * 989e12))
 
 
 def test_recipes_are_compared_when_asked_and_one_is_recommended(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,7 +422,7 @@ def test_recipes_are_compared_when_asked_and_one_is_recommended(file: Path, caps
     assert found["recommended"] == "end-to-end"
     least = rows[0]["peak_memory_bytes"]
     assert least < rows[1]["peak_memory_bytes"]
-    tight = said(capsys, file, "--recipes", "append-frozen,end-to-end", "--memory", str(least))
+    tight = said(capsys, file, "--recipes", "append-frozen,end-to-end", "--memory", f"{least}B")
     assert tight["recommended"] == "append-frozen" and tight["fits"] is False
 
 
@@ -428,7 +430,7 @@ def test_what_to_change_is_named_when_no_recipe_fits(file: Path, capsys: pytest.
     whole = said(capsys, file, "--recipes", "end-to-end")
     peak = whole["peak_memory_bytes"]
     assert isinstance(peak, int)
-    assert main(["plan", str(file), "--recipes", "end-to-end", "--memory", str(peak - 2000)]) == 0
+    assert main(["plan", str(file), "--recipes", "end-to-end", "--memory", f"{peak - 2000}B"]) == 0
     out = capsys.readouterr().out
     assert "no recipe fits as it is; this does: training.micro_batch_size=3 (peak memory" in out
 
@@ -447,3 +449,44 @@ def test_wrong_options_are_refused_in_one_line(
 ) -> None:
     assert main(["plan", str(file), option, value]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- validation
+
+
+def forward_flops(tokens: int, context: int, stacks: int) -> float:
+    """Of ``tokens`` through ``stacks`` Blocks and the head, by hand: two for each weight, and attention over all T²."""
+    matrices = 4 * C * C + 3 * C * F
+    return tokens * (stacks * (2 * matrices + 2 * 2 * context * C) + 2 * C * V)
+
+
+def test_validation_is_planned_by_phase_with_its_own_figures() -> None:
+    every, windows = 7, 5
+    settings = config(f"training.evaluation={{every_steps: {every}, max_tokens: {windows * T + 3}}}")
+    plan = planned(settings, replace(CPU, flops_per_second=1e9, rate="given"))
+    assert [phase.steps for phase in plan.phases] == [20, 20, 20]
+    # After 7, 14 and 20; after 21, 28, 35 and 40; after 42, 49, 56 and 60.
+    assert [found.times for found in plan.validations] == [3, 4, 4]
+    assert [found.tokens for found in plan.validations] == [n * windows * T for n in (3, 4, 4)]
+    for stacks, found in enumerate(plan.validations, 1):
+        assert found.flops == pytest.approx(forward_flops(found.tokens, T, stacks), rel=1e-9)
+    scored = plan.to_dict()["validation"]
+    assert scored["flops"] == sum(found.flops for found in plan.validations)
+    assert scored["seconds"] == pytest.approx(scored["flops"] / 1e9)
+    assert plan.seconds == pytest.approx((plan.flops + scored["flops"]) / 1e9)
+
+
+def test_validation_needs_weights_moments_and_what_one_block_holds() -> None:
+    plan = planned(config("training.strategy=end_to_end"))
+    (cost,), (found,) = plan.costs, plan.validations
+    beside = found.peak - cost.weights - cost.optimizer - 12 * 2**20
+    states = B * T * C * 4
+    widest = B * T * max(V, 3 * F) * 4
+    assert 2 * states < beside < 8 * states + 2 * widest
+    assert found.peak < cost.peak == plan.peak_memory_bytes, "a step keeps activations and gradients"
+
+
+def test_where_scoring_needs_more_than_a_step_the_peak_is_its() -> None:
+    plan = planned(config("training.strategy=end_to_end"))
+    heavy = replace(plan.validations[0], peak=plan.peak_memory_bytes + 17)
+    assert replace(plan, validations=[heavy]).peak_memory_bytes == heavy.peak

@@ -31,7 +31,7 @@ def compare(
 
     rows = compare_recipes(settings, recipe_names(recipes), out)
     if as_json:
-        print_json(rows)
+        print_json(rows, "Compared")
         return
     table(
         "",
@@ -50,6 +50,7 @@ def compare(
             for row in sorted(rows, key=lambda row: row["validation"]["loss"])
         ],
         stderr=False,
+        first_to_go=("phases", "every phase fell", "FLOPs", "time", "validation"),
     )
 
 

@@ -33,7 +33,7 @@ def demo(
     loaded = load(out)
     sample = "".join(stream_text(loaded.rack, loaded.tokenizer, loaded.config, "def ", 160, seed=1, temperature=0.7))
     if as_json:
-        print_json({**summary, "evaluation": scores, "sample": sample})
+        print_json({**summary, "evaluation": scores, "sample": sample}, "Demo")
         return
     show_summary(summary, out, False)
     console = Console(stderr=True)

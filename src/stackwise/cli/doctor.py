@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import typer
 
 from stackwise import __version__
 from stackwise.data.cache import cache_root
+from stackwise.files import nearest_folder
 from stackwise.units import size
 
 if TYPE_CHECKING:
@@ -33,8 +33,13 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Show what this machine has, and how fast it computes."""
+    from stackwise.cli.results import print_json
+
     facts = examine()
-    print(json.dumps(facts, indent=2) if as_json else describe(facts))
+    if as_json:
+        print_json(facts, "Doctor")
+        return
+    print(describe(facts))
 
 
 def examine() -> dict[str, Any]:
@@ -217,17 +222,16 @@ def _memory() -> dict[str, int | None]:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
         return {"total": total, "available": None, "limit": None}
     fields = {key: int(kb) * 1024 for key, kb in re.findall(r"^(\w+):\s+(\d+) kB$", info.read_text(), re.MULTILINE)}
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    limited = int(text) if text.isdigit() and int(text) < fields["MemTotal"] else None
+    from stackwise.planning.devices import group_limit
+
+    limit = group_limit()
+    limited = limit if limit is not None and limit < fields["MemTotal"] else None
     return {"total": fields["MemTotal"], "available": fields["MemAvailable"], "limit": limited}
 
 
 def _free(folder: Path) -> int:
     """Free bytes where ``folder`` is or would be made."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def _size(folder: Path) -> int:

@@ -36,7 +36,7 @@ def evaluate(
     finally:
         reporter.close()
     if as_json:
-        print_json(scores)
+        print_json(scores, "Evaluation")
         return
     rows: list[list[str]] = []
     for name, value in scores.items():

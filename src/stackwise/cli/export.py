@@ -29,7 +29,7 @@ def export(
     with stoppable():
         result = export_run(run, folder, step, max_tokens)
     if as_json:
-        print_json(result)
+        print_json(result, "Exported")
         return
     remote = ", trust_remote_code=True" if result["remote_code"] else ""
     kind = "its own source, as no class of transformers equals it" if remote else "exactly equal"

@@ -130,7 +130,7 @@ def generate(
         texts = ["".join(parts) for parts in zip(*pieces)]
     if as_json:
         results = [{"prompt": p, "seed": s, "text": text} for p, s, text in zip(prompts, seeds, texts, strict=True)]
-        print_json(results if len(results) > 1 else results[0])
+        print_json(results if len(results) > 1 else results[0], "Generated")
         return
     print("\n\n".join(texts if filled else [f"{p}\n{text}" for p, text in zip(prompts, texts)]))
 

@@ -10,6 +10,7 @@ import typer
 
 from stackwise.cli.train import Json
 from stackwise.signals import stoppable
+from stackwise.units import count
 
 
 def import_(
@@ -30,10 +31,10 @@ def import_(
     with stoppable():
         result = import_folder(folder, run, stacks)
     if as_json:
-        print_json(result)
+        print_json(result, "Imported")
         return
     print(
-        f"{run}: {result['family']}, {result['parameters']:,} parameters, {result['blocks']} Blocks in "
-        f"{result['stacks']} Stacks\ngrow it with  stackwise train CONFIG --from {run} --out RUN",
+        f"{run}: {result['family']}, {result['parameters']:,} parameters, {count(result['blocks'], 'Block')} in "
+        f"{count(result['stacks'], 'Stack')}\ngrow it with  stackwise train CONFIG --from {run} --out RUN",
         file=sys.stderr,
     )

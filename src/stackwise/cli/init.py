@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +19,20 @@ def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write; - for standard output.")] = Path(
         "config.yaml"
     ),
-    preset: Annotated[str, typer.Option(metavar="NAME", help="Settings to start from; see below.")] = "default",
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="Settings to start from; see below.", autocompletion=lambda: list(ABOUT))
+    ] = "default",
+    full: Annotated[bool, typer.Option("--full", help="Write every key.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
-    """Write a config with every key, its value and what it means."""
+    """Write a commented config to start from.
+
+    It has the settings that people change; --full writes every key.
+    """
     from stackwise.config.template import preset_config, template
 
     config = preset_config(preset)
-    text = template(config, ABOUT[preset])
+    text = template(config, ABOUT[preset], full)
     if str(file) == "-":
         sys.stdout.write(text)
         return
@@ -40,4 +47,6 @@ def init(
         raise UserError(f"{file}: the folder {file.parent} does not exist") from None
     except PermissionError:
         raise UserError(f"{file}: you have no permission to write it") from None
-    print(f"wrote {file} (preset {preset}); next: stackwise train {file} --out runs/first", file=sys.stderr)
+    text_first = "" if config.data.path is None else f"put your text in {config.data.path}, then: "
+    command = f"stackwise train {shlex.quote(str(file))} --out runs/first"
+    print(f"wrote {file} (preset {preset}); {text_first or 'next: '}{command}", file=sys.stderr)

@@ -29,6 +29,6 @@ def join(
     with stoppable():
         result = join_runs(runs, out)
     if as_json:
-        print_json(result)
+        print_json(result, "Joined")
         return
     print(f"{out}: {result['stacks']} Stacks, {result['parameters']:,} parameters", file=sys.stderr)

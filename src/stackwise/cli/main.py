@@ -44,7 +44,7 @@ from stackwise.cli import (
     train,
 )
 from stackwise.config.legacy import OldKeyWarning
-from stackwise.errors import INTERRUPTED, STOPPED, RunError, StoppedBySignal, UserError
+from stackwise.errors import INTERRUPTED, STOPPED, RunError, StoppedBySignal, UserError, out_of_memory
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -53,7 +53,6 @@ app = typer.Typer(
     help="Train transformers from scratch, Stack by Stack, inside a memory budget.",
     epilog="Exit codes: 0 done; 1 failed while running; 2 the input is wrong (one line says what); 3 stopped by a "
     "signal (the last line says how to continue); 130 interrupted, with nothing to continue from.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -114,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output is gone (`| head`). Python flushes again at exit: let it write nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _say("out of memory; a smaller model, batch or sequence takes less")
         return FAILED
     except OSError as error:
         _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)

@@ -54,7 +54,7 @@ def migrate(
             {"old": str(file), "new": str(places[file]), **{k: v for k, v in asdict(result).items() if k != "text"}}
             for file, result in results.items()
         ]
-        print_json({"files": facts})
+        print_json({"files": facts}, "Migration")
         return
     for file, result in results.items():
         print(_report(file, places[file], result), file=sys.stderr)

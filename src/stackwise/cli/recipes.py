@@ -11,7 +11,8 @@ def recipes(as_json: Json = False) -> None:
     from stackwise.growth.recipes import RECIPES
 
     if as_json:
-        print_json([{"name": r.name, "summary": r.summary, "source": r.source} for r in RECIPES.values()])
+        rows = [{"name": r.name, "summary": r.summary, "source": r.source} for r in RECIPES.values()]
+        print_json(rows, "Recipe")
         return
     for recipe in RECIPES.values():
         print(f"{recipe.name}\n    {recipe.summary} ({recipe.source})")

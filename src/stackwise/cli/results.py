@@ -7,26 +7,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 from stackwise.units import size
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool = True) -> None:
-    """Prints a table; the first column is left-aligned, the others right."""
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    stderr: bool = True,
+    first_to_go: Sequence[str] = (),
+) -> None:
+    """Prints a table; the first column is left-aligned and may wrap, the others are right-aligned and are never cut.
+
+    Args:
+        first_to_go: columns that a narrow terminal leaves out, in this order, until the others fit.
+    """
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = 220  # a pipe has no width to fit
+    left_out: list[str] = []
+    for name in first_to_go:
+        if _width(header, rows, left_out) <= console.width:
+            break
+        left_out.append(name)
+    kept = [i for i, name in enumerate(header) if name not in left_out]
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, name in enumerate(header):
-        grid.add_column(name, justify="left" if i == 0 else "right")
+    for i in kept:
+        grid.add_column(header[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(row[i] for i in kept))
     console.print(grid, highlight=False)
+    if left_out:
+        text = f"(a wider terminal shows {', '.join(sorted(left_out, key=header.index))} too)"
+        console.print(text, highlight=False, style="dim")
 
 
-def print_json(value: Any) -> None:
+def _width(header: Sequence[str], rows: Sequence[Sequence[str]], left_out: Sequence[str]) -> int:
+    """Characters of a line that holds all columns but those that are left out."""
+    columns = [i for i, name in enumerate(header) if name not in left_out]
+    return sum(2 + max(cell_len(row[i]) for row in (header, *rows)) for i in columns) - 2
+
+
+def print_json(value: Any, record: str) -> None:
+    """Prints the ``record`` of this name in ``stackwise.outputs``, or a list of them; tests hold ``value`` to it."""
     print(json.dumps(value, indent=2))
 
 
@@ -41,7 +69,7 @@ def bound(loss: float, nelbo: dict[str, Any] | None) -> str:
 def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     """The end of a run."""
     if as_json:
-        print_json(summary)
+        print_json(summary, "Summary")
         return
     several = len({p.get("objective") for p in summary["phases"]}) > 1
     rows = [
@@ -63,7 +91,8 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
         "phase", "steps", "trains", "FLOPs", "peak memory", "time",
         "first loss", "last loss", "validation", "bits/byte",
     )  # fmt: skip
-    table("", header, rows)
+    first = ("trains", "FLOPs", "first loss", "last loss", "time", "peak memory", "steps")
+    table("", header, rows, first_to_go=first)
     console = Console(stderr=True)
     for p in summary["phases"]:
         if p["stopped_early"] is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stackwise.errors import UserError
+from stackwise.units import is_decimal, parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from stackwise.config.base import StackWiseConfig
@@ -25,10 +25,7 @@ TrustPaths = Annotated[
 From = Annotated[
     Path | None,
     typer.Option(
-        "--from",
-        metavar="RUN[@STEP]",
-        help="Start from the model of this run (of its newest checkpoint, of that of STEP, or of RUN@best), and its "
-        "tokenizer unless CONFIG names another",
+        "--from", metavar="RUN", help="Start from the model of this run, and its tokenizer unless CONFIG names another"
     ),
 ]
 
@@ -50,12 +47,21 @@ Step = Annotated[
     ),
 ]  # fmt: skip
 
-Extend = Annotated[
-    str | None,
-    typer.Option("--extend", metavar="RUN[@STEP]", help="Go on with a copy of this run, with the settings that follow"),
-]
+
+def _recipes() -> list[str]:
+    from stackwise.growth.recipes import RECIPES
+
+    return list(RECIPES)
+
+
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME", help="Train by this recipe (stackwise recipes lists them)")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="Train by this recipe (stackwise recipes lists them)",
+        autocompletion=_recipes,
+    ),
 ]
 
 
@@ -81,41 +87,33 @@ def read_config(
     return StackWiseConfig.from_dict(settings, overrides, str(path))
 
 
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Memory of the device, for example 24GiB (default: the device's own)")
+]
+Time = Annotated[str | None, typer.Option("--time", help="Time that the run may take, for example 8h or 30min")]
+
+
 def train(
-    config: Annotated[
-        str | None,
-        typer.Argument(metavar="[CONFIG]", help="YAML config (stackwise init writes one); none with --extend"),
-    ] = None,
+    config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")] = Path("runs/train"),
     start: From = None,
-    extend: Extend = None,
     recipe: RecipeName = None,
-    trust_paths: TrustPaths = False,
+    memory: Memory = None,
+    time: Time = None,
     as_json: Json = False,
 ) -> None:
     """Train a model as CONFIG says, into a new run directory.
 
-    --from begins a new run: its own phases, steps from 1 on, the weights of another run. --extend goes on with a copy
-    of a run, its weights, moments, counters and place in the data, as resume RUN KEY=VALUE would: train --extend RUN
-    training.max_steps=2000 --out RUN2. Phases that are over stay as they are, those that are left share the rest of
-    the budget, and of a complete run the last phase goes on. The rate is that of the longer schedule at that step: to
-    extend without a jump what has decayed, take RUN@STEP from before its decay.
+    The run is planned first. One that does not fit the memory or the time is refused, with settings that do.
     """
+    settings = read_config(config, overrides, start, recipe)
+    limited = None if memory is None else parse_bytes(memory)
+    seconds = None if time is None else parse_seconds(time)
     from stackwise.cli.results import show_summary
+    from stackwise.runs.limits import Limits
+    from stackwise.runs.run import train_run
     from stackwise.training.progress import console_reporter
 
-    if extend is not None:
-        from stackwise.runs.extend import extend_run
-
-        if start is not None or recipe is not None:
-            raise UserError(f"--extend cannot be combined with {'--recipe' if start is None else '--from'}")
-        changes = [*([] if config is None else [config]), *(overrides or [])]
-        summary = extend_run(extend, out, changes, console_reporter(), trust_paths=trust_paths)
-    else:
-        from stackwise.runs.run import train_run
-
-        if config is None:
-            raise UserError("CONFIG is missing: the YAML file that says what to train (stackwise init writes one)")
-        summary = train_run(read_config(Path(config), overrides, start, recipe), out, console_reporter())
-    show_summary(summary, out, as_json)
+    limits = Limits(limited, seconds, decimal=memory is not None and is_decimal(memory))
+    show_summary(train_run(settings, out, console_reporter(), limits=limits), out, as_json)

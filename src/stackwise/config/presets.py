@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "schedule": {"kind": "cosine", "min_lr_ratio": 0.05},
             "progressive": {"phase_fractions": [0.25, 0.3, 0.45]},
             "checkpoint": {"every_steps": 200},
+            "evaluation": {"max_tokens": None},  # its losses stand beside the entropies of the same tokens
         },
         "data": {"tokenizer": {"vocab_size": 1024}},
     },

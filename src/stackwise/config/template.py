@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Collection
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -26,25 +27,44 @@ def preset_config(name: str) -> StackWiseConfig:
     return StackWiseConfig.from_dict(PRESETS[name])
 
 
-def template(config: StackWiseConfig, about: str) -> str:
-    """YAML text that loads as ``config``, headed by the sentence ``about``."""
+USUAL = (
+    "model.d_model", "model.n_heads", "model.architecture.n_stacks", "model.architecture.blocks_per_stack",
+    "training.strategy", "training.batch_size", "training.micro_batch_size", "training.seq_len", "training.seed",
+    "training.optimizer.lr", "training.schedule.warmup_steps", "training.progressive.trunk_strategy",
+    "training.progressive.training_objective", "data.source", "data.path", "data.tokenizer.kind",
+    "data.tokenizer.vocab_size",
+)  # fmt: skip
+"""Settings that people change, in every config that ``init`` writes."""
+
+
+def template(config: StackWiseConfig, about: str, full: bool = True) -> str:
+    """YAML text that loads as ``config``, headed by the sentence ``about``.
+
+    Args:
+        full: with every key; else those in ``USUAL``, the budget, and what is not at its default.
+    """
+    budget = f"training.max_{config.training.budget[0]}"
+    keys = None if full else {*USUAL, budget}
     head = [
         *textwrap.wrap(f"StackWise: {about}.", _WIDTH - 2),
-        "Every key is here. What you delete takes its default. null means: as the comment says.",
+        "Every key is here." if full else "The settings that are changed most; stackwise init --full writes all.",
+        "What you delete takes its default. null means: as the comment says.",
         "For one run: stackwise train THIS_FILE training.seed=1 --out RUN",
     ]
-    return "".join(f"# {line}\n" for line in head) + _sections(config, "")
+    return "".join(f"# {line}\n" for line in head) + _sections(config, "", keys)
 
 
-def _sections(section: Section, indent: str) -> str:
+def _sections(section: Section, path: str, keys: Collection[str] | None) -> str:
     lines: list[str] = []
+    indent = "  " * path.count(".")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
             about = (type(value).__doc__ or "").split("\n")[0].replace("``", "")
-            lines += [*([] if indent else [""]), *_commented(f"{indent}{name}:", about)]
-            lines.append(_sections(value, indent + "  "))
-        else:
+            within = _sections(value, f"{path}{name}.", keys)
+            if within:
+                lines += [*([] if indent else [""]), *_commented(f"{indent}{name}:", about), within]
+        elif keys is None or f"{path}{name}" in keys or value != field.default:
             lines += _commented(f"{indent}{name}: {yaml_io.inline(_data(value))}", _about(field, value))
     return "\n".join(lines) + ("" if indent else "\n")
 

@@ -89,8 +89,10 @@ class ClassificationObjective(CrossEntropyObjective):
     @torch.no_grad()
     def score(self, rack: Rack, batch: Batch) -> Score:
         example = self.corrupt(batch)
-        on_device = example.to(rack.device)
-        pooled = self.pooled(rack, on_device.reading)
-        terms, right = rack.cross_entropy_terms(pooled, on_device.targets, classes=self.classes)
+        terms, right = self.terms(rack, example.to(rack.device))
         judged = torch.ones_like(right[:, None], device="cpu")
         return scored(Example(example.reading, example.targets[:, None]), terms[:, None], right[:, None], judged)
+
+    def terms(self, rack: Rack, example: Example) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each sequence (B,), and whether its class is the likeliest."""
+        return rack.cross_entropy_terms(self.pooled(rack, example.reading), example.targets, classes=self.classes)

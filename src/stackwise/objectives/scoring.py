@@ -9,7 +9,8 @@ that is not full, windows beyond ``max_tokens``) counts neither in the nats nor,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
 from stackwise.objectives.base import Objective, Score
 from stackwise.ops.precision import autocast
+from stackwise.signals import stop_if_asked
+from stackwise.units import count
 
 RATE_BINS = 10
 """Points of the curve c(r)."""
@@ -84,7 +87,19 @@ def check_scorable(
 
 
 def _nothing_masked(n_windows: int) -> str:
-    return f"no token is masked in the {n_windows} windows of text to score; give more text"
+    return f"no token is masked in the {count(n_windows, 'window')} of text to score; give more text"
+
+
+@contextmanager
+def evaluating(rack: Rack) -> Iterator[None]:
+    """Within the block ``rack`` is in evaluation mode; afterwards every part of it is in its own again."""
+    modes = {module: module.training for module in rack.modules()}
+    rack.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()
@@ -109,24 +124,25 @@ def validate(
         max_tokens: about how many are scored, in windows spread evenly; default all.
         draws: masks drawn for each window, where the objective is a bound.
         progress: called with windows done and in all.
+
+    Raises:
+        StoppedBySignal, Stopped: a signal is noted; between two batches.
     """
     starts = validation_windows(len(tokens), seq_len, max_tokens)
-    modes = {module: module.training for module in rack.modules()}
-    rack.eval()
     objective = objective.of(rack)
     scores: list[Score] = []
     sequences: list[NDArray[np.int64]] = []
-    for draw in range(draws if objective.is_bound else 1):
-        for first in range(0, len(starts), batch_size):
-            index = starts[first : first + batch_size]
-            batch = Batch(windows(tokens, index, seq_len), index, np.full_like(index, draw))
-            with autocast(rack.device, compute_dtype):
-                scores.append(objective.score(rack, batch))
-            sequences.append(index)
-            if progress is not None:
-                progress(draw * len(starts) + first + len(index), len(starts) * draws)
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(rack):
+        for draw in range(draws if objective.is_bound else 1):
+            for first in range(0, len(starts), batch_size):
+                stop_if_asked()
+                index = starts[first : first + batch_size]
+                batch = Batch(windows(tokens, index, seq_len), index, np.full_like(index, draw))
+                with autocast(rack.device, compute_dtype):
+                    scores.append(objective.score(rack, batch))
+                sequences.append(index)
+                if progress is not None:
+                    progress(draw * len(starts) + first + len(index), len(starts) * draws)
     bytes_per_predicted = None
     if bytes_per_token is not None:
         bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)

@@ -30,6 +30,7 @@ from stackwise.model.spec import BlockSpec
 from stackwise.objectives.base import CrossEntropyObjective
 from stackwise.ops.attention import planned_for
 from stackwise.ops.boundary import BoundaryLayout, boundary_format
+from stackwise.ops.losses import chunk_rows
 from stackwise.ops.precision import autocast, resolve_device
 from stackwise.planning.dry_step import Ledger, PhaseCost, bytes_of, extended, measure_segments
 from stackwise.planning.flops import Flops
@@ -104,16 +105,78 @@ class PhaseCoster:
         self._known: dict[Any, PhaseCost] = {}
         self._facts: dict[_Kind, _StackFacts] = {}
         self._steps: dict[Any, tuple[PhaseCost, list[int]]] = {}
+        self._scored: dict[Any, tuple[float, int]] = {}
+        self._head: tuple[float, int] | None = None
         self._mode = FakeTensorMode()
 
     def __call__(self, phase: Phase) -> PhaseCost:
         kinds, others = self._kinds(phase)
         key = (kinds, others, phase.cached, phase.enters, phase.noise, phase.objective)
         if key not in self._known:
-            with stoppable(), self._mode, planned_for(self.device):
+            with stoppable(answer=None), self._mode, planned_for(self.device):
                 self._known[key] = self._measure(kinds, others, phase)
                 stop_if_asked()
         return self._with_cache(self._known[key], phase)
+
+    def scoring(self, phase: Phase) -> tuple[float, int]:
+        """Scoring a micro-batch by all Stacks of ``phase``: its FLOPs, and the bytes that it takes beside weights and
+        optimizer.
+        """
+        kinds, _ = self._kinds(phase)
+        key = (kinds, phase.stacks, phase.objective)
+        if key not in self._scored:
+            with stoppable(answer=None), self._mode, planned_for(self.device):
+                self._scored[key] = self._score(kinds, phase)
+                stop_if_asked()
+        return self._scored[key]
+
+    def _score(self, kinds: tuple[_Kind, ...], phase: Phase) -> tuple[float, int]:
+        training = self.config.training
+        objective = OBJECTIVES[phase.objective].load().planned(self.config, self._spec.vocab_size)
+        if objective is None:
+            facts = [self._stack_facts(kind) for kind in kinds]
+            sizes = [found.own_bytes for found in facts]
+            flops, held = self._head_scoring()
+            flops += sum((found.flops.total for found in facts), self._embedding_flops().total)
+            held = max(held, *(found.transient for found in facts))
+        else:  # it runs the Stacks in its own way
+            rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+            rack.stacks.extend(self._stack(k, kind) for k, kind in zip(phase.stacks, kinds))
+            sizes = [sum(bytes_of(t) for t in stack.own_tensors().values()) for stack in rack.stacks]
+            tokens = torch.zeros(self._micro, training.seq_len, dtype=torch.int64)
+            able = objective.of(rack)
+            flops, held = self._ran(rack, (tokens,), lambda: able.terms(rack, able.typical(tokens)))
+        # A second and a third offloaded Stack are on their way while one is in use.
+        streamed = sum(sorted(n for n, kind in zip(sizes, kinds) if kind.offloaded)[-2:])
+        hidden = self._micro * training.seq_len * self._spec.d_model * 4
+        return flops, held + hidden + streamed + self._runtime
+
+    def _head_scoring(self) -> tuple[float, int]:
+        """FLOPs and bytes of the final norm and the head over one micro-batch, of whose chunks two are run."""
+        if self._head is None:
+            rows = self._micro * self.config.training.seq_len
+            some = min(rows, 2 * chunk_rows(rows, self._spec.vocab_size))
+            rack = Rack(replace(self._spec, stacks=(), stack_ids=()))
+            x, targets = torch.zeros(1, some, rack.d_model), torch.zeros(1, some, dtype=torch.int64)
+            flops, held = self._ran(
+                rack, (x, targets), lambda: rack.cross_entropy_terms(rack(Reading(boundary=x)), targets)
+            )
+            self._head = flops * rows / some, held
+        return self._head
+
+    def _ran(self, rack: Rack, there: Sequence[Tensor], run: Callable[[], object]) -> tuple[float, int]:
+        """FLOPs of ``run`` without gradients, and the most bytes that it holds beside ``rack`` and ``there``."""
+        rack.requires_grad_(False).eval()
+        ledger = Ledger()
+        for tensor in (*rack.state_dict().values(), *there):
+            ledger.ignore(tensor)
+        with ledger, torch.no_grad(), autocast(torch.device("cpu"), self.compute_dtype):
+            run()
+        return ledger.flops.total, ledger.peak
+
+    @property
+    def _runtime(self) -> int:
+        return RUNTIME_BYTES + COMPILER_BYTES * self.config.training.compile if self.device == "cpu" else 0
 
     def _with_cache(self, cost: PhaseCost, phase: Phase) -> PhaseCost:
         """``cost`` with the room that the activation cache of the phase's examples takes, on disk or in memory."""
@@ -261,10 +324,9 @@ class PhaseCoster:
         for stack, kind in zip(rack.stacks, kinds):
             if kind.offloaded:
                 stack.fetch = partial(_copies, stack.own_tensors())
-        runtime = RUNTIME_BYTES + COMPILER_BYTES * training.compile if self.device == "cpu" else 0
         return measure_segments(
             rack, training.batch_size // self._micro, self._micro, training.seq_len, self.compute_dtype,
-            runtime, training.optimizer, entered, loss_of,
+            self._runtime, training.optimizer, entered, loss_of,
         )  # fmt: skip
 
     def _embedding_flops(self) -> Flops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -130,11 +131,32 @@ def named_machine(name: str, training: TrainingConfig, folder: Path | None = Non
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that the device has in all; ``None`` where it cannot be asked."""
+    """Bytes that the device has in all, of which a container may give less; ``None`` where it cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), group_limit()
+        return there if limit is None else min(there, limit)
+    return None
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a run could have now; infinite where that cannot be asked."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(found[1]) * 1024 if found and device.type == "cpu" else math.inf
+
+
+def group_limit() -> int | None:
+    """Bytes that this process's control group may use, as in a container; ``None`` where there is no such limit."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(file)
+        text = path.read_text().strip() if path.exists() else "max"
+        if text.isdigit():
+            return int(text)
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stackwise.planning.cost import PhaseCoster, preparation_flops
 from stackwise.planning.devices import Machine, this_machine
 from stackwise.planning.dry_step import PhaseCost
 from stackwise.planning.flops import Flops
+from stackwise.planning.validation import ValidationCost, validation_costs
 
 
 @dataclass(frozen=True)
@@ -37,53 +38,6 @@ class Planned:
     def preparation_flops(self) -> list[float]:
         """FLOPs before the first step of each phase."""
         return preparation_flops(self.phases, self.costs)
-
-
-def plan_phases(
-    config: StackWiseConfig,
-    vocab_size: int,
-    present: tuple[int, ...] = (),
-    machine: Machine | None = None,
-    rack: Rack | None = None,
-    given: Sequence[int] = (),
-) -> Planned:
-    """Plans without data or weights.
-
-    Args:
-        present: ids of the Stacks that are there before the first phase, left to right.
-        machine: what it will run on; default the device here that ``config`` means.
-        rack: the Rack that the run starts from, where that was not made from ``config``; it is only looked at.
-        given: the steps of the first phases, where they do not follow from the budget.
-    """
-    machine = machine or this_machine(config.training)
-    cost = PhaseCoster(config, vocab_size, machine.compute_dtype, rack, device=machine.device.type)
-    phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation, given)
-    return Planned(phases, [cost(phase) for phase in phases], machine.device, machine.compute_dtype, vocab_size)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens are those of the whole run, costs those of one step.
-
-    ``limit``: bytes of the device; ``None``: not known. The other limits are the machine's.
-    """
-
-    phases: list[Phase]
-    costs: list[PhaseCost]
-    device: torch.device
-    tokens_per_step: int
-    disk_bytes: int
-    limit: int | None
-    notes: list[str] = field(default_factory=list)
-    machine: Machine | None = None
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        return max(cost.peak for cost in self.costs)
-
-    @property
-    def host_memory_bytes(self) -> int:
-        return max(cost.host for cost in self.costs)
 
     @property
     def flops(self) -> float:
@@ -102,31 +56,104 @@ class Plan:
             Flops(cache=first) + cost.kinds * phase.steps for first, phase, cost in zip(before, self.phases, self.costs)
         ]
 
+
+def plan_phases(
+    config: StackWiseConfig,
+    vocab_size: int,
+    present: tuple[int, ...] = (),
+    machine: Machine | None = None,
+    rack: Rack | None = None,
+    given: Sequence[int] = (),
+) -> Planned:
+    """Plans without data or weights.
+
+    Args:
+        present: ids of the Stacks that are there before the first phase, left to right.
+        machine: what it will run on; default the device here that ``config`` means.
+        rack: the Rack that the run starts from, where that was not made from ``config``; it is only looked at.
+        given: the steps of the first phases, where they do not follow from the budget.
+    """
+    return _planned(config, vocab_size, present, machine or this_machine(config.training), rack, given)[1]
+
+
+def _planned(
+    config: StackWiseConfig,
+    vocab_size: int,
+    present: tuple[int, ...],
+    machine: Machine,
+    rack: Rack | None = None,
+    given: Sequence[int] = (),
+) -> tuple[PhaseCoster, Planned]:
+    cost = PhaseCoster(config, vocab_size, machine.compute_dtype, rack, device=machine.device.type)
+    phases = build_phases(config, lambda phase: cost(phase).flops, present, cost.preparation, given)
+    costs = [cost(phase) for phase in phases]
+    return cost, Planned(phases, costs, machine.device, machine.compute_dtype, vocab_size)
+
+
+@dataclass(frozen=True)
+class Plan(Planned):
+    """What ``stackwise plan`` shows. Bytes, FLOPs and tokens are those of the whole run, costs those of one step.
+
+    Attributes:
+        validations: what scoring the validation text takes, of each phase.
+        limit: bytes of the device; ``None``: not known. The other limits are the machine's.
+        seconds_limit: that the run may take; ``None``: any.
+    """
+
+    validations: list[ValidationCost]
+    tokens_per_step: int
+    disk_bytes: int
+    limit: int | None
+    machine: Machine
+    notes: list[str] = field(default_factory=list)
+    seconds_limit: float | None = None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the device, while steps run and while the Rack is scored."""
+        return max(*(cost.peak for cost in self.costs), *(found.peak for found in self.validations))
+
+    @property
+    def host_memory_bytes(self) -> int:
+        return max(cost.host for cost in self.costs)
+
     @property
     def phase_seconds(self) -> list[float | None]:
         """Of each phase's FLOPs at the rate that the machine is taken to reach; ``None`` where that is not known."""
-        rate = None if self.machine is None else self.machine.reached_flops
-        return [None if rate is None else flops / rate for flops in self.phase_flops]
+        return [self._seconds(flops) for flops in self.phase_flops]
+
+    @property
+    def validation_flops(self) -> float:
+        return sum(found.flops for found in self.validations)
+
+    @property
+    def validation_seconds(self) -> float | None:
+        return self._seconds(self.validation_flops)
 
     @property
     def seconds(self) -> float | None:
-        known = [seconds for seconds in self.phase_seconds if seconds is not None]
-        return sum(known) if len(known) == len(self.phases) else None
+        """Of training and validation."""
+        return self._seconds(self.flops + self.validation_flops)
+
+    def _seconds(self, flops: float) -> float | None:
+        rate = self.machine.reached_flops
+        return None if rate is None else flops / rate
 
     @property
     def needs(self) -> list[tuple[str, int, int | None]]:
         """(what, bytes needed, bytes there are or ``None``) of the device, its host and the disk."""
-        host, disk = (None, None) if self.machine is None else (self.machine.host_memory, self.machine.disk)
         return [
             ("device memory", self.peak_memory_bytes, self.limit),
-            ("host memory", self.host_memory_bytes, host),
-            ("disk", self.disk_bytes, disk),
+            ("host memory", self.host_memory_bytes, self.machine.host_memory),
+            ("disk", self.disk_bytes, self.machine.disk),
         ]
 
     @property
     def missing(self) -> list[str]:
-        """What there is not enough of."""
-        return [what for what, needed, there in self.needs if there is not None and needed > there]
+        """What there is not enough of: of ``needs``, and ``time``."""
+        short = [what for what, needed, there in self.needs if there is not None and needed > there]
+        late = None not in (self.seconds, self.seconds_limit) and self.seconds > self.seconds_limit  # type: ignore[operator]
+        return [*short, "time"] if late else short
 
     @property
     def fits(self) -> bool | None:
@@ -141,6 +168,11 @@ class Plan:
             "host_memory_bytes": self.host_memory_bytes,
             "flops": self.flops,
             "disk_bytes": self.disk_bytes,
+            "validation": {
+                "peak_memory_bytes": max(found.peak for found in self.validations),
+                "flops": self.validation_flops,
+                "seconds": self.validation_seconds,
+            },
             "seconds": self.seconds,
             "fits": self.fits,
         }
@@ -162,11 +194,20 @@ class Plan:
                     "flops_by_kind": kinds.to_dict(),
                     "seconds": seconds,
                     "tokens": phase.steps * self.tokens_per_step,
+                    "validation": {
+                        "times": scored.times,
+                        "tokens": scored.tokens,
+                        "memory_bytes": scored.peak,
+                        "flops": scored.flops,
+                        "seconds": self._seconds(scored.flops),
+                    },
                 }
-                for phase, cost, kinds, seconds in zip(self.phases, self.costs, self.phase_kinds, self.phase_seconds)
+                for phase, cost, kinds, seconds, scored in zip(
+                    self.phases, self.costs, self.phase_kinds, self.phase_seconds, self.validations
+                )
             ],
             **self.totals(),
-            "machine": None if self.machine is None else self._machine_dict(self.machine),
+            "machine": self._machine_dict(self.machine),
         }
 
     def _machine_dict(self, machine: Machine) -> dict[str, Any]:
@@ -225,33 +266,50 @@ def plan_run(
     limit: int | None = None,
     present: tuple[int, ...] = (),
     machine: Machine | None = None,
+    vocab_size: int | None = None,
+    seconds_limit: float | None = None,
+    given: Sequence[int] = (),
 ) -> Plan:
-    """Plans the run of ``config``.
+    """Plans the run of ``config``, which may have time and memory limits.
 
     Args:
         folder: on the disk that the run would be written to.
         limit: bytes it must fit into; default what tensors can have of the device's.
         present: ids of the Stacks that ``model.initial`` brings, left to right.
         machine: what it will run on; default the one here, whose speed is not known.
+        vocab_size: of the run; default what can be told of it before the data is read.
+        seconds_limit: that it may take.
+        given: as for ``plan_phases``.
     """
     machine = machine or this_machine(config.training, folder)
     config = resolve_family(config)
-    vocab_size, exact = expected_vocab_size(config.data)
-    notes = []
-    if config.model.vocab_size is not None:
-        vocab_size = config.model.vocab_size
-    elif not exact:
+    exact, notes = True, []
+    vocab_size = config.model.vocab_size or vocab_size
+    if vocab_size is None:
+        vocab_size, exact = expected_vocab_size(config.data)
+    if not exact:
         notes.append(
             f"the vocabulary is not known before the data is read; this plan takes {vocab_size:,} "
             "(set model.vocab_size to plan with another)"
         )
-    planned = plan_phases(config, vocab_size, present, machine)
+    coster, planned = _planned(config, vocab_size, present, machine, None, given)
     if planned.device.type == "cpu" and not config.tight_allocator:
         notes.append(
             "this is the memory that tensors take; the allocator keeps freed ones for reuse, and resident memory is "
             "about a third above it (training.cpu_allocator=tight holds to the plan, and is slower)"
         )
-    disk = stored_bytes(planned.costs, config.training.checkpoint, config.training.keep_best)
-    tokens = config.training.batch_size * config.training.seq_len
-    limit = machine.usable_memory if limit is None else limit
-    return Plan(planned.phases, planned.costs, planned.device, tokens, disk, limit, notes, machine)
+    if config.training.evaluation.max_tokens is None:
+        notes.append(
+            "validation reads all of its text, of which this plan counts one window, since how much there is is not "
+            "known before the data is read (training.evaluation.max_tokens caps it)"
+        )
+    return Plan(
+        **{f.name: getattr(planned, f.name) for f in fields(planned)},
+        validations=validation_costs(config.training, planned.phases, planned.costs, coster.scoring),
+        tokens_per_step=config.training.batch_size * config.training.seq_len,
+        disk_bytes=stored_bytes(planned.costs, config.training.checkpoint, config.training.keep_best),
+        limit=machine.usable_memory if limit is None else limit,
+        machine=machine,
+        notes=notes,
+        seconds_limit=seconds_limit,
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.store import PreparedData, prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
-from stackwise.errors import ConfigError, RunError, UserError
+from stackwise.errors import ConfigError, RunError, UserError, out_of_memory
 from stackwise.files import new_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
 from stackwise.kinds import OBJECTIVES, text_objectives
@@ -23,10 +23,10 @@ from stackwise.model.lexical import resolve_family
 from stackwise.objectives import Objective, create_objectives
 from stackwise.objectives.scoring import Validation, check_scorable
 from stackwise.ops.precision import resolve_device
-from stackwise.planning.devices import available_memory
-from stackwise.planning.plan import Planned, plan_phases
+from stackwise.planning.plan import Planned
 from stackwise.runs.build import create_loop, train_to_summary
-from stackwise.runs.initial import initial_checkpoint, initial_rack, resolve_initial
+from stackwise.runs.initial import initial_checkpoint, initial_rack
+from stackwise.runs.limits import NO_LIMITS, Guard, Limits
 from stackwise.runs.steering import Course
 from stackwise.runs.validation import validate_run, windows_of
 from stackwise.signals import stop_if_asked, stoppable
@@ -41,7 +41,7 @@ from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 from stackwise.training.sources import ProgressiveDataLoader, TokenSource
-from stackwise.units import size
+from stackwise.units import count
 
 TEXT = ("data.path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
@@ -98,7 +98,7 @@ def load(path: str | Path, step: StepName | None = None, device: str | torch.dev
     if config.data.source != "loader" or run.tokenizer.exists():
         tokenizer = load_tokenizer(run.tokenizer)
         check_tokenizer(checkpoint, tokenizer, run.tokenizer)
-    rack = rack_of_checkpoint(checkpoint, config, vocab_size_of(config, tokenizer))
+    rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint)
 
 
@@ -112,8 +112,7 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
         )
 
 
-def vocab_size_of(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
-    """Rows of the embedding: the config's, else the tokenizer's. ConfigError where the config's are too few."""
+def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
     wanted = config.model.vocab_size
     if tokenizer is None:
         assert wanted is not None, "a trainer writes it"
@@ -127,9 +126,17 @@ def vocab_size_of(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
 
 
 def train_run(
-    config: StackWiseConfig, out: str | Path, reporter: Reporter, callbacks: Callbacks = NO_CALLBACKS
+    config: StackWiseConfig,
+    out: str | Path,
+    reporter: Reporter,
+    callbacks: Callbacks = NO_CALLBACKS,
+    limits: Limits = NO_LIMITS,
 ) -> dict[str, Any]:
-    """Trains ``config`` into the new run directory ``out``; returns its summary."""
+    """Trains ``config`` into the new run directory ``out``; returns its summary.
+
+    Raises:
+        UserError: a setting cannot be used, or by its plan the run does not fit ``limits`` or this machine.
+    """
     resolve_device(config.training.device)  # before anything is written
     labelled = [name for name in config.training.objectives if name not in text_objectives()]
     if labelled:
@@ -137,10 +144,13 @@ def train_run(
             f"training.progressive.training_objective: {labelled[0]!r} takes its targets from a data loader, in Python "
             f"(ProgressiveTrainer, ArchitectureTrainer); allowed here: {', '.join(text_objectives())}"
         )
-    config = resolve_initial(resolve_family(config))
+    config = resolve_family(config)
+    RunDir(out).refuse_if_taken()
+    guard = Guard(config, out, limits)
+    guard.plan()
     with stoppable(_prospect(out)), RunDir.creating(out, config.to_yaml(), signature(config)) as run:
         try:
-            return _go(run, config, reporter, None, callbacks)
+            return _go(run, config, reporter, None, callbacks, guard)
         except UserError:
             if not run.checkpoints.exists():
                 run.discard()  # nothing was trained: the same command, corrected, may use the same folder
@@ -174,7 +184,7 @@ def resume_run(
             write_text_atomic(run.origin, own)
         if not trust_paths:
             check_origin(run, config, OUTSIDE, "")
-        return _go(run, config, reporter, step, callbacks, overrides)
+        return _go(run, config, reporter, step, callbacks, None, overrides)
 
 
 def _prospect(path: str | Path) -> str:
@@ -237,22 +247,35 @@ def _go(
     reporter: Reporter,
     step: StepName | None,
     callbacks: Callbacks,
+    guard: Guard | None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     try:
         stop_if_asked()
         checkpoint = checkpoint_to_go_on_from(run, config, step)
-        return _train(Course.of(run, config, checkpoint, overrides), checkpoint, reporter, callbacks)
+        course = Course.of(run, config, checkpoint, overrides)
+        guard = guard or Guard(course.config, run.path, going_on=checkpoint is not None)
+        return _train(course, checkpoint, reporter, callbacks, guard)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
     finally:
         reporter.close()
+    # Here, and not above, where the error still holds all that was in memory.
+    store = CheckpointStore(run.checkpoints)
+    kept = f"the checkpoint of step {load_checkpoint(store).step}" if store.has_any() else "no checkpoint yet"
+    less = "out of memory" if guard is None else guard.out_of_memory()
+    raise RunError(f"{less}; {run.path} has {kept}: stackwise resume {run.path} continues it")
 
 
-def _train(course: Course, checkpoint: Checkpoint | None, reporter: Reporter, callbacks: Callbacks) -> dict[str, Any]:
+def _train(
+    course: Course, checkpoint: Checkpoint | None, reporter: Reporter, callbacks: Callbacks, guard: Guard
+) -> dict[str, Any]:
     run, config, training = course.run, course.config, course.config.training
     data = run_data(run, config, checkpoint, reporter)
     reporter.note(
         f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
-        f"({data.bytes_per_token:.2f} bytes each) of {data.n_documents:,} documents, split by {data.split}, "
+        f"({data.bytes_per_token:.2f} bytes each) of {count(data.n_documents, 'document')}, split by {data.split}, "
         f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
     )
     objectives = create_objectives(config, data.tokenizer)
@@ -266,10 +289,8 @@ def _train(course: Course, checkpoint: Checkpoint | None, reporter: Reporter, ca
             )
     loader = ProgressiveDataLoader(data.train, config)
     initial = initial_checkpoint(config)
-    present = () if initial is None else tuple(initial.state["stacks"])
-    planned = plan_phases(config, vocab_size_of(config, data.tokenizer), present, given=course.given(present))
+    planned = guard.plan(_vocab_size(config, data.tokenizer), course.given(guard.present))
     course.check(planned.phases)
-    _refuse_if_too_large(planned)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
         check_scorable(objectives[name].during(noise), data.validation, **windows_of(training))
     stop_if_asked()
@@ -326,17 +347,6 @@ def rack_to_go_on_with(run: RunDir, checkpoint: Checkpoint, config: StackWiseCon
     offloaded = phase.offloaded(config.training.offload) & set(checkpoint.state["stacks"])
     CheckpointStore(run.checkpoints).verify(checkpoint, [f"stack.{k}" for k in sorted(offloaded)])
     return rack_of_checkpoint(checkpoint, config, planned.vocab_size, offloaded)
-
-
-def _refuse_if_too_large(planned: Planned) -> None:
-    """UserError when a step needs more than the device has, by more than a plan may err."""
-    there = available_memory(planned.device)
-    peak = max(cost.peak for cost in planned.costs)
-    if there is not None and peak > 1.1 * there:
-        raise UserError(
-            f"a step of this run takes {size(peak)}, and {planned.device.type} has {size(there)} "
-            "here; choose a smaller model, batch or seq_len (stackwise plan shows what takes it, and what fits)"
-        )
 
 
 def _refuse_if_lost(run: RunDir, every_steps: int) -> None:

@@ -15,8 +15,9 @@ from stackwise.data.store import PreparedData
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
 from stackwise.objectives import Objective, create_objective
-from stackwise.objectives.scoring import Validation, validate
+from stackwise.objectives.scoring import Validation, evaluating, validate
 from stackwise.ops.precision import autocast
+from stackwise.signals import stop_if_asked
 from stackwise.training.sources import IterableSource, ProgressiveDataLoader
 
 ValidationData = np.ndarray | ProgressiveDataLoader | Iterable[Any]
@@ -82,18 +83,15 @@ def scorer(
 def _validate_batches(
     rack: Rack, objective: Objective, batches: Iterable[Any], compute_dtype: torch.dtype | None
 ) -> Validation:
-    modes = {module: module.training for module in rack.modules()}
-    rack.eval()
     objective = objective.of(rack)
     total, count = 0.0, 0
-    with torch.random.fork_rng(devices=()):  # what the batches draw is no step's
+    with evaluating(rack), torch.random.fork_rng(devices=()):  # what the batches draw is no step's
         torch.manual_seed(0)
         for example in IterableSource(batches, objective).once():
+            stop_if_asked()
             with autocast(rack.device, compute_dtype):
                 total += float(objective.loss(rack, example.to(rack.device), 1.0))
             count += example.n_targets
-    for module, training in modes.items():
-        module.training = training
     if count == 0:
         raise UserError("validation: no token of its batches counts")
     loss = total / count

@@ -89,13 +89,13 @@ class RunDir:
         UserError when ``path`` holds a run or anything else, is not a folder, or cannot be written.
         """
         run = cls(path)
-        run._refuse_if_taken()
+        run.refuse_if_taken()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run.path}: cannot make this folder: {reason(error)}") from None
         with run.lock():
-            run._refuse_if_taken()
+            run.refuse_if_taken()
             if origin is not None:
                 write_text_atomic(run.origin, origin)
             write_text_atomic(run.config, config_yaml)
@@ -133,7 +133,8 @@ class RunDir:
         with contextlib.suppress(OSError):  # something else is in it: that stays
             self.path.rmdir()
 
-    def _refuse_if_taken(self) -> None:
+    def refuse_if_taken(self) -> None:
+        """UserError when ``path`` holds a run or anything else, or is not a folder."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
         if self.config.exists():

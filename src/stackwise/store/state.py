@@ -73,7 +73,11 @@ class Patience:
 
 @dataclass
 class RunState:
-    """Where a run is. Everything but weights and moments; JSON in a checkpoint."""
+    """Where a run is. Everything but weights and moments; JSON in a checkpoint.
+
+    Attributes:
+        unscored: the metrics of the last step, where a signal came before its validation had ended.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -86,6 +90,7 @@ class RunState:
     records: list[PhaseRecord] = field(default_factory=list)
     best: Best | None = None
     patience: Patience | None = None
+    unscored: dict[str, Any] | None = None
 
     @property
     def is_best(self) -> bool:

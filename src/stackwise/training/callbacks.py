@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ class Callbacks:
 
     on_step: Seen = _nothing
     on_phase: Seen = _nothing
+
+    def step(self, seen: Mapping[str, Any]) -> None:
+        """Tells ``on_step`` what it is told of a step, of all that is known."""
+        told = ("step", "phase", "stack", "tokens", "loss", "lr", "grad_norm", "validation_loss")
+        self.on_step({key: seen[key] for key in told if key in seen})
 
     @classmethod
     def of(cls, on_step: Seen | None, on_phase: Seen | None) -> Callbacks:

@@ -19,12 +19,12 @@ from stackwise.errors import StoppedBySignal
 from stackwise.growth.phases import Phase
 from stackwise.objectives.scoring import Validation
 from stackwise.planning.plan import Planned
-from stackwise.signals import StopRequest, stoppable
+from stackwise.signals import Stopped, StopRequest, stoppable
 from stackwise.store.checkpoints import Checkpoint
 from stackwise.store.state import PhaseRecord, RunState
 from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory
-from stackwise.training.progress import Clock, phase_ends, phase_starts
+from stackwise.training.progress import Clock, Pace, phase_ends, phase_starts
 from stackwise.training.saving import Saver
 from stackwise.training.stage import Context, Stage
 from stackwise.training.step import Step, take_step
@@ -57,8 +57,8 @@ class Loop:
         self.context, self.phases, self.saver, self.memory = context, planned.phases, saver, memory
         self.peak_flops, self.callbacks = peak_flops, callbacks
         self.step_flops = [cost.flops for cost in planned.costs]
-        self.preparation_flops = planned.preparation_flops
         self.state = RunState() if checkpoint is None else saver.restore(checkpoint, context)
+        self.preparation_flops, self.pace = planned.preparation_flops, Pace(self.state, planned.flops)
         self.validation: Validation | None = None
 
     def train(self) -> RunState:
@@ -70,7 +70,7 @@ class Loop:
             stack.callback(self.context.placement.offload.close)
             while state.phase < len(self.phases):
                 phase = self.phases[state.phase]
-                if not state.phase_over(phase.steps):
+                if state.unscored is not None or not state.phase_over(phase.steps):
                     self._run_phase(stop)
                 following = self._following()
                 # These two also for a phase whose last step a stopped process took.
@@ -92,32 +92,37 @@ class Loop:
         with Stage(self.context, self.phases, state) as stage:
             phase, record = stage.phase, self._begun(stage)
             clock.start()
+            if state.unscored is not None:  # a signal came while the last step was scored
+                self._finish_step(stage, record, clock, stop, state.unscored, evaluate=True)
             while not state.phase_over(phase.steps):
                 step = take_step(stage, state)
                 self._count(step, record)
                 last = state.phase_over(phase.steps)
                 due = training.evaluation.every_steps
                 evaluate = self.context.validate is not None and (last or bool(due and state.step % due == 0))
-                seen = self._seen(stage, step)
-                metrics = None
-                if evaluate or last or state.step == 1 or state.step % training.logging.every_steps == 0:
-                    metrics = self._metrics(seen, clock)
-                with clock.paused():  # validating and saving are not training: they do not count in tokens/s
-                    self.context.reporter.step(state.phase_step, metrics)
-                    if evaluate:
-                        assert metrics is not None
-                        metrics["validation_loss"] = seen["validation_loss"] = self._evaluate(stage, record)
-                        last = state.phase_over(phase.steps)
-                    if metrics is not None:
-                        self.saver.log(metrics)
-                    self.callbacks.on_step(seen)  # before its checkpoint: a process that dies between repeats it
-                    if last or bool(stop) or state.is_best or state.step % training.checkpoint.every_steps == 0:
-                        self._save(stage, record, clock)
-                if stop and (self._following() or not last):
-                    saved = self.saver.saves
-                    kept = "its checkpoint is saved" if saved else "nothing is saved: there is no run directory"
-                    raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; {kept}")
+                logged = evaluate or last or state.step == 1 or state.step % training.logging.every_steps == 0
+                seen = self._seen(stage, step, clock if logged else None)
+                self._finish_step(stage, record, clock, stop, seen, evaluate)
         self.context.reporter.note(phase_ends(record))
+
+    def _finish_step(
+        self, stage: Stage, record: PhaseRecord, clock: Clock, stop: StopRequest, seen: dict[str, Any], evaluate: bool
+    ) -> None:
+        """What follows the update: evaluate, log, save. Raises ``StoppedBySignal`` once a checkpoint is saved."""
+        state, logged = self.state, "flops" in seen
+        with clock.paused():  # validating and saving are not training: they do not count in tokens/s
+            self.context.reporter.remaining(self.pace.left())
+            self.context.reporter.step(state.phase_step, seen if logged else None)
+            scored = not evaluate or self._evaluate(stage, seen, record)
+            state.unscored = None if scored else seen  # resuming scores, logs and tells it
+            if scored:
+                self.saver.log(seen if logged else None)
+                self.callbacks.step(seen)  # before its checkpoint: a process that dies between repeats it
+            last, every = state.phase_over(stage.phase.steps), self.context.config.training.checkpoint.every_steps
+            if last or bool(stop) or state.is_best or state.step % every == 0:
+                self._save(stage, record, clock)
+        if stop and (self._following() or not (last and scored)):
+            raise StoppedBySignal(f"stopped by {stop.name} after step {state.step}; {self.saver.kept}")
 
     def _begun(self, stage: Stage) -> PhaseRecord:
         """The record of the stage's phase; a phase that starts has what comes before its first step on it."""
@@ -151,9 +156,9 @@ class Loop:
         record.first_loss = step.loss if record.first_loss is None else record.first_loss
         record.last_loss = step.loss
 
-    def _seen(self, stage: Stage, step: Step) -> dict[str, Any]:
-        """What is known of every step."""
-        return {
+    def _seen(self, stage: Stage, step: Step, clock: Clock | None) -> dict[str, Any]:
+        """What is known of every step, and where ``clock`` is given, what is logged beside."""
+        seen = {
             "step": self.state.step,
             "phase": stage.phase.name,
             "stack": stage.phase.stack,
@@ -162,9 +167,8 @@ class Loop:
             "lr": step.lr,
             "grad_norm": step.grad_norm,
         }
-
-    def _metrics(self, seen: dict[str, Any], clock: Clock) -> dict[str, Any]:
-        """What is logged of a step."""
+        if clock is None:
+            return seen
         tokens_per_second, flops_per_second = clock.pace()
         return seen | {
             "tokens_per_second": tokens_per_second,
@@ -173,15 +177,19 @@ class Loop:
             "flops": self.state.flops,
         }
 
-    def _evaluate(self, stage: Stage, record: PhaseRecord) -> float:
-        """The validation loss, which may end the phase; at its end ``record`` takes it down."""
-        found = self.context.score(stage.phase)
+    def _evaluate(self, stage: Stage, seen: dict[str, Any], record: PhaseRecord) -> bool:
+        """Adds the validation loss to ``seen``, and to ``record`` where the phase ends; not if a signal ends it."""
+        try:
+            found = self.context.score(stage.phase)
+        except (StoppedBySignal, Stopped):
+            return False
         assert found is not None
         self.validation = found
+        seen["validation_loss"] = found.loss
         take_note(self.context.config, self.phases, self.state, found.loss)
         if self.state.phase_over(stage.phase.steps):
             record.validation_loss, record.bits_per_byte = found.loss, found.bits_per_byte
-        return found.loss
+        return True
 
     def _save(self, stage: Stage, record: PhaseRecord, clock: Clock) -> None:
         peak, seconds = self.memory.peak(), clock.lap()

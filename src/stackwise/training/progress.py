@@ -6,15 +6,26 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+)
+from rich.text import Text
 
 from stackwise.growth.phases import Phase
 from stackwise.growth.precision import parameters_of
 from stackwise.model.rack import Rack
 from stackwise.store.state import PhaseRecord, RunState
+from stackwise.units import count
 
 
 class Reporter(Protocol):
@@ -30,6 +41,10 @@ class Reporter(Protocol):
 
     def phase(self, text: str, total_steps: int, done: int) -> None:
         """A phase starts (or goes on, after ``done`` steps)."""
+        ...
+
+    def remaining(self, seconds: float | None) -> None:
+        """What is left of the whole run, told before each step; ``None``: not known yet."""
         ...
 
     def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
@@ -51,6 +66,9 @@ class SilentReporter:
     def phase(self, text: str, total_steps: int, done: int) -> None:
         pass
 
+    def remaining(self, seconds: float | None) -> None:
+        pass
+
     def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
         pass
 
@@ -58,17 +76,28 @@ class SilentReporter:
         pass
 
 
-def metrics_line(metrics: Mapping[str, Any]) -> str:
-    """The few numbers that a person follows."""
+def metrics_parts(metrics: Mapping[str, Any]) -> list[str]:
+    """The few numbers that a person follows, the one that matters most first."""
     parts = [
-        f"step {metrics['step']}",
         f"loss {metrics['loss']:.3f}",
-        f"lr {metrics['lr']:.2e}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        f"lr {metrics['lr']:.2e}",
     ]
     if metrics.get("mfu") is not None:
         parts.append(f"MFU {100 * metrics['mfu']:.0f} %")
-    return "  ".join(parts)
+    return parts
+
+
+def ends_in(seconds: float | None) -> str:
+    """``run ends in 1:02:03``; nothing where that is not known."""
+    return "" if seconds is None else f"run ends in {clock_time(seconds)}"
+
+
+def clock_time(seconds: float) -> str:
+    """``0:07``, ``12:34``, ``1:02:03``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class LineReporter:
@@ -78,6 +107,7 @@ class LineReporter:
         self._interval = interval
         self._last = 0.0
         self._total = 0
+        self._left: float | None = None
 
     def _line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -101,36 +131,59 @@ class LineReporter:
         self._total = total_steps
         self._line(text)
 
+    def remaining(self, seconds: float | None) -> None:
+        self._left = seconds
+
     def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
         if metrics is not None and (self._due() or done == self._total):
-            self._line(f"  {done}/{self._total}  {metrics_line(metrics)}")
+            where = [
+                f"  {done}/{self._total}",
+                f"{100 * done / self._total:.0f} %",
+                *filter(None, [ends_in(self._left)]),
+            ]
+            self._line("  ".join([*where, *metrics_parts(metrics)]))
 
     def close(self) -> None:
         pass
 
 
+class _Left(ProgressColumn):
+    """What is left of the run; of other work, what is left of it."""
+
+    def render(self, task: Task) -> Text:
+        text: str = task.fields["left"]
+        if not text and task.time_remaining is not None:
+            text = f"{clock_time(task.time_remaining)} left"
+        return Text(text)
+
+
 class LiveReporter:
-    """A bar that follows the steps, and lines that stay above it."""
+    """A bar that follows the steps of a phase, and lines that stay above it.
+
+    On a narrow terminal the bar is short and the last of the metrics are left out; no number is cut.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=max(6, min(24, console.width // 8))),
             MofNCompleteColumn(),  # shows "?" where the total is not known
-            TimeRemainingColumn(),
+            TaskProgressColumn("{task.percentage:.0f} %"),
+            _Left(),
             TextColumn("{task.fields[text]}"),
             console=console,
             transient=True,
         )
         self._task: TaskID | None = None
         self._description = ""
+        self._left, self._metrics = "", list[str]()
 
     def _start(self, description: str, total: int | None, done: int) -> None:
         self._end()
         self._bar.start()
         self._description = description
-        self._task = self._bar.add_task(description, total=total, completed=done, text="")
+        self._task = self._bar.add_task(description, total=total, completed=done, text="", left="")
 
     def _end(self) -> None:
         if self._task is not None:
@@ -156,15 +209,31 @@ class LiveReporter:
     def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
         if self._task is None:
             return
-        self._bar.update(self._task, completed=done)
         if metrics is not None:
-            self._bar.update(self._task, text=metrics_line(metrics))
+            self._metrics = metrics_parts(metrics)
+        self._bar.update(self._task, completed=done, left=self._left, text=self._fitting(done))
+
+    def _fitting(self, done: int) -> str:
+        """As many of the metrics as there is room for beside the rest of the line."""
+        task = self._bar.tasks[0]
+        done_of_all = f"{task.total:.0f}/{task.total:.0f}" if task.total else ""
+        bar = max(6, min(24, self._console.width // 8))
+        room = self._console.width - sum(
+            1 + n for n in (len(self._description), bar, len(done_of_all), 5, len(self._left))
+        )
+        kept = ""
+        for part in self._metrics:
+            longer = f"{kept}  {part}" if kept else part
+            if len(longer) > room:
+                break
+            kept = longer
+        return kept
+
+    def remaining(self, seconds: float | None) -> None:
+        self._left = ends_in(seconds)
 
     def close(self) -> None:
         self._end()
-
-    def __enter__(self) -> Self:
-        return self
 
 
 class NotebookReporter:
@@ -173,7 +242,7 @@ class NotebookReporter:
     def __init__(self, interval: float = 0.2) -> None:
         self._interval, self._last = interval, 0.0
         self._handle: Any = None
-        self._total, self._metrics = 0, ""
+        self._total, self._metrics, self._left = 0, "", ""
 
     def note(self, text: str) -> None:
         print(text, flush=True)  # a notebook shows what goes to stderr as an error
@@ -187,9 +256,13 @@ class NotebookReporter:
 
     def step(self, done: int, metrics: Mapping[str, Any] | None) -> None:
         if metrics is not None:
-            self._metrics = metrics_line(metrics)
+            self._metrics = "  ".join(metrics_parts(metrics))
         filled = 24 * done // self._total
-        self._show(f"  {'█' * filled}{'░' * (24 - filled)} {done}/{self._total}  {self._metrics}", done == self._total)
+        bar = f"  {'█' * filled}{'░' * (24 - filled)} {done}/{self._total}"
+        self._show("  ".join(filter(None, [bar, self._left, self._metrics])), done == self._total)
+
+    def remaining(self, seconds: float | None) -> None:
+        self._left = ends_in(seconds)
 
     def _show(self, text: str, now: bool) -> None:
         from IPython.display import display
@@ -250,7 +323,25 @@ class Clock:
         return self._lap - before
 
 
-def phase_starts(index: int, count: int, phase: Phase, record: PhaseRecord, rack: Rack, several: bool) -> str:
+class Pace:
+    """How long a run still takes, by the FLOPs that it has done a second since this was made, all else included.
+
+    Args:
+        flops: of the whole run.
+    """
+
+    def __init__(self, state: RunState, flops: float) -> None:
+        self._state, self._flops = state, flops
+        self._begun, self._before = time.perf_counter(), state.flops
+
+    def left(self) -> float | None:
+        """Seconds; ``None`` before anything is done."""
+        done = self._state.flops - self._before
+        elapsed = time.perf_counter() - self._begun
+        return max(0.0, self._flops - self._state.flops) / done * elapsed if done else None
+
+
+def phase_starts(index: int, n_phases: int, phase: Phase, record: PhaseRecord, rack: Rack, several: bool) -> str:
     """The line that a phase starts with, which names its objective where the run has ``several``."""
     total = sum(parameters_of(module) for module in rack.parts().values())
     how = f", from the cache at boundary {phase.enters}" if phase.cached else ""
@@ -260,8 +351,8 @@ def phase_starts(index: int, count: int, phase: Phase, record: PhaseRecord, rack
     if several:
         how += f", objective {record.objective}"
     return (
-        f"phase {index + 1}/{count}  {phase.name}: {len(phase.stacks)} stacks, "
-        f"{record.trainable_parameters:,} of {total:,} parameters train, {phase.steps:,} steps{how}"
+        f"phase {index + 1}/{n_phases}  {phase.name}: {count(len(phase.stacks), 'stack')}, "
+        f"{record.trainable_parameters:,} of {total:,} parameters train, {count(phase.steps, 'step')}{how}"
     )
 
 

@@ -31,11 +31,14 @@ class Saver:
         self._unchanged: set[str] = set()
 
     @property
-    def saves(self) -> bool:
-        """Whether there is a place for checkpoints."""
-        return self._store is not None
+    def kept(self) -> str:
+        """What a run that stops after a step is told of its checkpoint."""
+        return "its checkpoint is saved" if self._store is not None else "nothing is saved: there is no run directory"
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, Any] | None) -> None:
+        """A line of metrics, if the step has one."""
+        if metrics is None:
+            return
         if self._run is not None:
             self._run.append_metrics(dict(metrics))
         self._tracker.log(metrics)
@@ -69,7 +72,7 @@ class Saver:
         # summary first: a run that goes on from one of its steps is no longer complete.
         self._run.remove_summary()
         self._store.delete_after(state.step)
-        self._run.truncate_metrics(state.step)
+        self._run.truncate_metrics(state.step - (state.unscored is not None))
         return state
 
     def close(self) -> None:
