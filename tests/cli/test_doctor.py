@@ -30,7 +30,7 @@ def test_json_is_one_object_with_the_facts_of_this_machine(
     assert facts["memory"]["total"] > 2**28
     assert bool(facts["accelerators"]) == (torch.cuda.is_available() or torch.backends.mps.is_available())
     assert facts["compute"]["auto_dtype"] == ("bfloat16" if facts["compute"]["device"] == "cuda" else "float32")
-    assert facts["extras"].keys() == {"parquet", "datasets", "report", "track", "hf"}
+    assert facts["extras"].keys() == {"parquet", "datasets", "report", "track", "hf", "eval"}
     people = describe(facts)
     assert torch.__version__ in people
     assert people.endswith(facts["compute"]["advice"])

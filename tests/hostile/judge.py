@@ -82,7 +82,7 @@ def warm() -> None:
 
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(stackwise.__path__, "stackwise."):
-        if not module.name.endswith("__main__") and ".remote." not in module.name:
+        if not module.name.endswith(("__main__", "interop.lm_eval")) and ".remote." not in module.name:
             import_module(module.name)
     for name in ("torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils.flop_counter"):
         import_module(name)

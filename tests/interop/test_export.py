@@ -1,5 +1,6 @@
 """Exported folders as their readers find them: without StackWise, through the Auto classes."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,15 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from stackwise.cli.main import main
+from stackwise.config import StackWiseConfig
 from stackwise.data.tokenizers import ByteTokenizer, CharacterTokenizer, LibraryTokenizer, train_bpe
 from stackwise.generation.autoregressive import generate, pad_prompts
 from stackwise.interop.export import export_rack
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import write_tokenizer
 from stackwise.model.architecture import create_rack_from_specs
+from stackwise.model.reading import Reading
+from stackwise.runs.run import LoadedRun
+from stackwise.store.checkpoints import Checkpoint
+from stackwise.store.state import PhaseRecord, RunState
 from variants import BLOCKS, V, rack_of
 
 IDS = torch.randint(0, V, (2, 11), generator=torch.Generator().manual_seed(8))
@@ -31,10 +37,17 @@ sys.modules["stackwise"] = None
 import json, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 ids, mask = torch.tensor(json.loads(sys.argv[2])), torch.tensor(json.loads(sys.argv[3]))
 results = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
+classes = Path(sys.argv[1]) / "classes"
+model, report = AutoModelForSequenceClassification.from_pretrained(
+    classes, trust_remote_code=True, output_loading_info=True
+)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+out = model(ids, attention_mask=mask.long(), labels=torch.tensor([2, 0]))
+results["classes/logits"], results["classes/loss"] = out.logits.detach(), out.loss.detach()
+for folder in sorted(set(Path(sys.argv[1]).iterdir()) - {classes}):
     auto = AutoModelForMaskedLM if "mlm" in folder.name else AutoModelForCausalLM
     model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
@@ -45,6 +58,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     model.save_pretrained(folder / "again")
     again = auto.from_pretrained(folder / "again", trust_remote_code=True)
     assert torch.equal(again(ids, attention_mask=mask.long()).logits, out.logits)
+    if "mlgka" in folder.name:
+        bare = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        results[folder.name + "/hidden"] = bare(ids, attention_mask=mask.long()).last_hidden_state.detach()
     if "mlm" not in folder.name:
         made = model.generate(ids, attention_mask=mask.long(), max_new_tokens=4, do_sample=False, pad_token_id=0)
         results[folder.name + "/tokens"] = made[:, ids.shape[1]:].contiguous()
@@ -95,6 +111,9 @@ def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(
     for name, rack in made.items():
         folder = tmp_path / "all" / name.replace(", ", "-").replace(" ", "_")
         assert export_rack(rack.eval(), None, folder, 32)["remote_code"]
+    classifier = classifier_of("mlgka", pooling="mean")
+    result = export_rack(classifier.rack, classifier.tokenizer, tmp_path / "all" / "classes", 32, classifier)
+    assert result["architecture"] == "StackWiseForSequenceClassification" and result["remote_code"]
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = [str(tmp_path / "all"), json.dumps(IDS.tolist()), json.dumps(MASK.tolist()), str(tmp_path / "results")]
@@ -107,6 +126,9 @@ def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(
         key = name.replace(", ", "-").replace(" ", "_")
         logits = rack(IDS, MASK)
         torch.testing.assert_close(results[f"{key}/logits"][MASK], logits[MASK], atol=1e-5, rtol=1e-5)
+        if "mlgka" in name:
+            hidden = rack(Reading(IDS, MASK))
+            torch.testing.assert_close(results[f"{key}/hidden"][MASK], hidden[MASK], atol=1e-5, rtol=1e-5)
         targets = torch.where(MASK, IDS, -100)
         if "mlm" in name:
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -117,6 +139,61 @@ def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(
             tokens = torch.stack(list(generate(rack, ids, 4, temperature=0, attention_mask=mask)), 1)
             assert torch.equal(results[f"{key}/tokens"], tokens), name
         torch.testing.assert_close(results[f"{key}/loss"], loss, atol=1e-5, rtol=1e-5)
+    scores = classifier.rack(IDS, MASK)[..., :3].double()
+    means = torch.stack([row[real].mean(0) for row, real in zip(scores, MASK)])  # the head is linear
+    torch.testing.assert_close(results["classes/logits"].double(), means, atol=1e-5, rtol=1e-5)
+    loss = torch.nn.functional.cross_entropy(means, torch.tensor([2, 0])).float()
+    torch.testing.assert_close(results["classes/loss"], loss, atol=1e-5, rtol=1e-5)
+
+
+def classifier_of(name, pooling=None):
+    """A run of three classes whose Rack has the Blocks ``name``, as ``load`` gives it."""
+    section = {"classes": 3, "pooling": pooling}
+    training = {"progressive": {"training_objective": "classification"}, "classification": section}
+    mode = {"attention_preset": "gpt_style" if pooling is None else "bert_style"}
+    config = StackWiseConfig.from_dict({"model": {**mode, "vocab_size": V}, "training": training})
+    record = PhaseRecord("end to end | <b>", None, 7, tokens=91, flops=1.5e9, first_loss=1.25, last_loss=0.75)
+    state = {"run": RunState(step=7, tokens=91, flops=1.5e9, records=[record]).to_dict(), "fingerprint": "0f1e2d"}
+    rack = rack_of(name, attention_mode="causal" if pooling is None else "bidirectional").eval()
+    words = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz")
+    return LoadedRun(rack, words, config, Checkpoint(7, state, {}))
+
+
+@pytest.mark.parametrize("name", ("gpt_style", "mla_attention"))
+def test_a_causal_classifier_is_a_class_of_transformers_whose_logits_are_the_head_s_first_rows(name, tmp_path):
+    run = classifier_of(name)
+    result = export_rack(run.rack, run.tokenizer, tmp_path / "out", 32, run)
+    assert not result["remote_code"] and result["architecture"].endswith("ForSequenceClassification")
+    card = (tmp_path / "out/README.md").read_text()  # where names are text
+    assert "| end to end b | 7 | 1.5e+09 | – | – | 1.250 | 0.750 | – | – |" in card and "<b>" not in card
+    model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.num_labels == 3 and model.config.id2label[2] == "LABEL_2"
+    pad = run.tokenizer.pad_id
+    ids = torch.where(MASK.flip(1), IDS.clamp(min=max(run.tokenizer.special_ids) + 1), pad)
+    found = model(ids, attention_mask=MASK.flip(1).long()).logits
+    logits = run.rack(ids, MASK.flip(1))
+    expected = torch.stack([logits[0, 10, :3], logits[1, 7, :3]])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    hidden = AutoModel.from_pretrained(tmp_path / "out")(ids, attention_mask=MASK.flip(1).long()).last_hidden_state
+    ours = run.rack(Reading(ids, MASK.flip(1)))
+    torch.testing.assert_close(hidden[MASK.flip(1)], ours[MASK.flip(1)], atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_card_says_how_the_model_was_trained_planned_and_measured(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    weights = hashlib.sha256((tmp_path / "hf/model.safetensors").read_bytes()).hexdigest()
+    assert f"| model.safetensors | `{weights}` |" in card
+    assert "pipeline_tag: text-generation" in card and "AutoModelForCausalLM.from_pretrained" in card
+    assert "| data | files text.txt |" in card and str(run.parent) not in card
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| stack")]
+    assert [row[0] for row in rows] == [phase["name"] for phase in summary["phases"]]
+    for row, phase in zip(rows, summary["phases"]):
+        assert row[1] == str(phase["steps"]) and row[2] == f"{phase['flops']:.3g}"
+        assert row[6] == f"{phase['last_loss']:.3f}" and row[8] == f"{phase['bits_per_byte']:.3f}"
+        assert all("iB" in memory for memory in row[3:5])
 
 
 def test_the_model_s_file_imports_every_other_itself():

@@ -244,7 +244,7 @@ def _extras() -> dict[str, dict[str, str | None]]:
     for requirement in importlib.metadata.requires("stackwise") or []:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
-        if name and extra and extra[1] not in ("test", "lint"):
+        if name and extra and extra[1] not in ("test", "lint", "docs"):
             found.setdefault(extra[1], {})[name[0]] = _version(name[0])
     return found
 

@@ -64,9 +64,25 @@ def stream_texts(
             f"this run was trained with {config.training.objective}, which does not go on from a prompt; generate "
             f"needs {' or '.join(samplers('continuation'))}"
         )
+    return stream_after(
+        rack, tokenizer, [[tokenizer.end_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts], n_tokens,
+        seed=seed, stop=stop, **draw,
+    )  # fmt: skip
+
+
+def stream_after(
+    rack: Rack,
+    tokenizer: Tokenizer,
+    starts: Sequence[Sequence[int]],
+    n_tokens: int,
+    *,
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
+    **draw: Unpack[Draw],
+) -> Iterator[list[str]]:
+    """As ``stream_texts``, of a causal Rack, after the tokens of each of ``starts``, of which there is at least one."""
     if "" in stop:
         raise UserError("stop: an empty text is not allowed; give at least one character")
-    starts = [[tokenizer.end_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     never = tokenizer.special_ids - {tokenizer.end_id}
     never |= frozenset(range(tokenizer.vocab_size, rack.vocab_size))  # rows of the head that no token has
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from stackwise.errors import RunError, UserError
 from stackwise.files import new_folder, require_free
 from stackwise.growth.adapters import adapters_of, plain_rack
 from stackwise.growth.precision import PrecisionManager
+from stackwise.interop.card import Loading, card
+from stackwise.interop.classes import Classes, classes_of
 from stackwise.interop.families import choose_family
 from stackwise.interop.family import Entry
 from stackwise.interop.remote_code import remote_sources
 from stackwise.interop.tokenizer_files import special_ids, write_tokenizer
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
-from stackwise.runs.run import load
+from stackwise.runs.run import LoadedRun, load
 from stackwise.signals import stop_if_asked
 from stackwise.store.state import StepName
 
@@ -63,11 +65,17 @@ def export_run(
         raise UserError(
             f"--max-tokens: {max_tokens} differs from the {rows} learned positions of the model; leave it out"
         )
-    return export_rack(loaded.rack, loaded.tokenizer, out, max_tokens or loaded.config.training.seq_len)
+    return export_rack(loaded.rack, loaded.known_tokenizer, out, max_tokens or loaded.config.training.seq_len, loaded)
 
 
-def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int) -> dict[str, Any]:
-    """As ``export_run``, for a Rack at hand; adapters are merged and matrices written in fp32, in a copy of it."""
+def export_rack(
+    rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_tokens: int, run: LoadedRun | None = None
+) -> dict[str, Any]:
+    """As ``export_run``, for a Rack at hand; adapters are merged and matrices written in fp32, in a copy of it.
+
+    Args:
+        run: the run that it is from, for the model card, and for its classes where it tells classes apart.
+    """
     out = Path(out)
     require_free(out)
     if adapters_of(rack) or PrecisionManager().described(rack):
@@ -79,16 +87,17 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
         name: tensor for name, tensor in rack.state_dict().items() if not name.startswith("embedding.adapter_")
     }
     own["embedding.weight"] = rack.embedding.table().detach()
-    form = _form_of(spec, own, max_tokens)
-    causal, sources = form.causal, form.sources
     ids = special_ids(tokenizer)
+    classes = None if run is None else classes_of(run)
+    form = _form_of(spec, own, max_tokens, classes, own_pad=ids["pad_token_id"] not in (None, ids["eos_token_id"]))
+    causal, sources = form.causal, form.sources
     ids.pop("mask_token_id", None)  # the model never asks for it
     if not causal:
         ids = {"cls_token_id": ids["bos_token_id"], "sep_token_id": ids["eos_token_id"], **ids}
     settings = {**form.settings, "dtype": "float32", "torch_dtype": "float32", **ids}
     with new_folder(out) as scratch:
         _write_json(scratch / "config.json", settings)
-        if causal:
+        if form.auto_class == "AutoModelForCausalLM":
             generation = {key: value for key, value in ids.items() if value is not None}
             _write_json(scratch / "generation_config.json", generation | ({"use_cache": False} if sources else {}))
         try:
@@ -99,9 +108,8 @@ def export_rack(rack: Rack, tokenizer: Tokenizer | None, out: str | Path, max_to
             write_tokenizer(tokenizer, scratch, max_tokens)
         for name, text in sources.items():
             (scratch / name).write_text(text, encoding="utf-8")
-        remote = ", trust_remote_code=True" if sources else ""
-        card = _card(form.architecture, form.auto_class, remote, rack, max_tokens)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        loading = Loading(form.architecture, form.auto_class, bool(sources))
+        (scratch / "README.md").write_text(card(rack, max_tokens, loading, scratch, run), encoding="utf-8")
     return {
         "architecture": form.architecture,
         "remote_code": bool(sources),
@@ -116,39 +124,54 @@ class _Form:
 
     causal: bool
     architecture: str
+    auto_class: str
     settings: dict[str, Any]
     entries: list[Entry]
     sources: dict[str, str]
 
-    @property
-    def auto_class(self) -> str:
-        return "AutoModelForCausalLM" if self.causal else "AutoModelForMaskedLM"
 
+def _form_of(
+    spec: RackSpec, own: dict[str, Tensor], max_tokens: int, classes: Classes | None, *, own_pad: bool
+) -> _Form:
+    """The form of a Rack whose tensors are ``own``, to which the rows that score ``classes`` are added.
 
-def _form_of(spec: RackSpec, own: Mapping[str, Tensor], max_tokens: int) -> _Form:
-    """The form of a Rack whose tensors are ``own``."""
+    ``own_pad``: whether padding has a token of its own, by which transformers' classifiers find a sequence's last one.
+    """
     causal = {block.attention.attention_mode for block in spec.blocks} == {"causal"}
+    task = "ForSequenceClassification" if classes else "ForCausalLM" if causal else "ForMaskedLM"
+    about = classes.settings() if classes else {}
     family = choose_family(spec, max_tokens)
+    if (
+        family is not None
+        and classes is not None
+        and (family.classifier is None or classes.pooling != "last" or not own_pad)
+    ):
+        family = None
     if family is not None:
-        settings = {"architectures": [family.architecture], "model_type": family.model_type}
-        settings |= family.settings(spec, max_tokens)
-        return _Form(causal, family.architecture, settings, list(family.entries(spec)), {})
-    architecture = "StackWiseForCausalLM" if causal else "StackWiseForMaskedLM"
-    form = _Form(causal, architecture, {}, [Entry(f"rack.{name}", (name,)) for name in own], remote_sources())
-    form.settings.update(
-        {
-            "architectures": [architecture],
-            "model_type": "stackwise",
-            "auto_map": {
-                "AutoConfig": "configuration_stackwise.StackWiseModelConfig",
-                form.auto_class: f"modeling_stackwise.{architecture}",
-            },
-            "max_position_embeddings": max_tokens,
-            "use_cache": False,
-            "rack": spec.to_dict(),
-        }
-    )
-    return form
+        name, entries = family.architecture, list(family.entries(spec))
+        if classes is not None:
+            assert family.classifier is not None
+            name, entries = family.classifier, [entry for entry in entries if entry.ours != ("head.weight",)]
+            own["score"] = own["embedding.weight" if spec.tie_embeddings else "head.weight"][: classes.number].clone()
+            entries.append(Entry("score.weight", ("score",)))
+        settings = {"architectures": [name], "model_type": family.model_type, **about}
+        return _Form(causal, name, f"AutoModel{task}", settings | family.settings(spec, max_tokens), entries, {})
+    name = f"StackWise{task}"
+    settings = {
+        "architectures": [name],
+        "model_type": "stackwise",
+        "auto_map": {
+            "AutoConfig": "configuration_stackwise.StackWiseModelConfig",
+            "AutoModel": "modeling_stackwise.StackWiseModel",
+            f"AutoModel{task}": f"modeling_stackwise.{name}",
+        },
+        "max_position_embeddings": max_tokens,
+        "use_cache": False,
+        "rack": spec.to_dict(),
+        **about,
+    }
+    entries = [Entry(f"rack.{tensor}", (tensor,)) for tensor in own]
+    return _Form(causal, name, f"AutoModel{task}", settings, entries, remote_sources())
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
@@ -186,29 +209,3 @@ def _write_weights(folder: Path, entries: list[Entry], own: dict[str, Tensor]) -
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))},
     )
-
-
-def _card(architecture: str, auto_class: str, remote: str, rack: Rack, max_tokens: int) -> str:
-    """What is in the folder and how to load it."""
-    parameters = sum(p.numel() for p in rack.parameters())
-    about = (
-        f"`{architecture}` of transformers, exactly equal to the model as it was trained"
-        if not remote
-        else "a model that no class of transformers equals, so its own source is in this folder"
-    )
-    return f"""---
-library_name: transformers
----
-
-# A model trained with StackWise
-
-{parameters:,} parameters in {len(rack.stacks)} Stacks with {len(rack.blocks())} Blocks, for sequences of up to
-{max_tokens} tokens. It is {about}.
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("."{remote})
-tokenizer = AutoTokenizer.from_pretrained("."{remote})
-```
-"""

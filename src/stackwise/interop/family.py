@@ -82,6 +82,8 @@ class Family(ABC):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     objective: ClassVar[str] = "clm"
+    classifier: ClassVar[str | None] = None
+    """Transformers' class whose head is one matrix that reads each sequence's last token."""
     prefix: ClassVar[str] = "model."
     """Of the names of all tensors but the head's; checkpoints of the model without its head leave it out."""
     n_blocks_key: ClassVar[str] = "num_hidden_layers"

@@ -21,6 +21,7 @@ from stackwise.model.spec import RackSpec
 class GPT2(Family):
     model_type = "gpt2"
     architecture = "GPT2LMHeadModel"
+    classifier = "GPT2ForSequenceClassification"
     prefix = "transformer."
     n_blocks_key = "n_layer"
     max_tokens_key = ("n_positions", 1024)

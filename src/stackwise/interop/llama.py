@@ -27,6 +27,7 @@ class Llama(Family):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
+    classifier = "LlamaForSequenceClassification"
     ignored = ("rotary_emb.inv_freq",)
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
@@ -87,6 +88,7 @@ class Llama(Family):
 class Qwen3(Llama):
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
+    classifier = "Qwen3ForSequenceClassification"
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
         settings = super().settings(spec, max_tokens)
@@ -113,6 +115,7 @@ class DeepseekV3(Llama):
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
+    classifier = "DeepseekV3ForSequenceClassification"
 
     def settings(self, spec: RackSpec, max_tokens: int) -> Settings:
         block, settings = spec.blocks[0], super().settings(spec, max_tokens)
