@@ -17,10 +17,12 @@ PHASE = {
     "first_loss": 4.5678,
     "last_loss": 2.3456, "objective": "clm", "validation_loss": 2.4567, "bits_per_byte": 1.3579, "storage": None,
     "trainable_parameters": 123456789, "peak_memory_bytes": 1234567890, "seconds": 4321.0,
+    "stopped_early": None,
 }  # fmt: skip
 SUMMARY: dict[str, Any] = {
     "validation": {"loss": 2.4567, "perplexity": 11.67, "bits_per_byte": 1.3579}, "tokens": 4915200, "flops": 1.2e15,
-    "wall_seconds": 5000.0, "peak_memory_bytes": 1234567890, "weights_sha256": "0" * 64, "phases": [PHASE] * 3,
+    "wall_seconds": 5000.0, "peak_memory_bytes": 1234567890, "weights_sha256": "0" * 64, "best": None,
+    "phases": [PHASE] * 3,
 }  # fmt: skip
 CONFIG = """
 model: {d_model: 26, n_heads: 13, d_ff: 34, vocab_size: 31, architecture: {n_stacks: 3, blocks_per_stack: 1}}
