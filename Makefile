@@ -27,6 +27,7 @@ help:
 	@echo "make gpu       the tests that need a GPU, and a table of speed and memory"
 	@echo "make hostile   some two thousand damaged and hostile inputs, each answered, none believed"
 	@echo "make lint      formatter, linter and type checker"
+	@echo "make docs      the documentation, in docs/_build/html; a warning is an error"
 	@echo "make dist      the wheel and the sdist, in dist/"
 	@echo "make picture   draw the README's picture from $(OUT)"
 	@echo "make clean     remove .venv and caches (runs stay)"
@@ -58,6 +59,9 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
 dist: $(VENV)/.stamp-dev
 	$(BIN)/python -m hatchling build -t sdist -t wheel
 
@@ -65,7 +69,7 @@ picture: $(VENV)/.stamp-report
 	$(BIN)/python -m stackwise.report.picture $(OUT) docs/demo.svg
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist docs/_build
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.stamp-venv:
@@ -85,4 +89,8 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 
 $(VENV)/.stamp-report: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	$(INSTALL) -e '.[report]'
+	@touch $(VENV)/.stamp-core $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e '.[docs]'
 	@touch $(VENV)/.stamp-core $@
