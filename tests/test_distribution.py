@@ -130,9 +130,9 @@ def test_a_wheel_from_the_sdist_trains_where_nothing_else_of_the_repository_is(
     assert "append-frozen" in run(command, "recipes")
     (away / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 60)
     run(command, "init", "own.yaml", "--preset", "characters")
-    run(command, "train", "own.yaml", "data.path=book.txt", "--out", "own", *SMALL, "training.max_steps=3")
+    run(command, "train", "own.yaml", "data.path=book.txt", "--out", "own", *SMALL, "training.max_steps=9")
     run(command, "train", "configs/shakespeare_char.yaml", "data.path=book.txt", "--out", "shipped", *SMALL,
-        "training.max_steps=3")  # fmt: skip
+        "training.max_steps=9")  # fmt: skip
     scores = json.loads(run(command, "eval", "shipped", "--json"))
     assert 0 < scores["bits_per_byte"] < 8
     exported = json.loads(run(command, "export", "shipped", "folder", "--json"))
