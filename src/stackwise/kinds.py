@@ -120,7 +120,9 @@ CURRICULA: dict[str, Kind] = {
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "clm": ObjectiveKind("objectives.causal:CausalObjective", attention="causal", sampler="continuation"),
-    "mlm": ObjectiveKind("objectives.masked:MaskedObjective", needs_mask=True, masks=True, scores_alone=True),
+    "mlm": ObjectiveKind(
+        "objectives.masked:MaskedObjective", needs_mask=True, sampler="filling", masks=True, scores_alone=True
+    ),
     "diffusion": ObjectiveKind("objectives.diffusion:DiffusionObjective", needs_mask=True, sampler="filling"),
     "custom": ObjectiveKind("objectives.custom:CustomObjective", attention="causal", either=True, labels="positions"),
     "classification": ObjectiveKind(

@@ -188,8 +188,10 @@ def test_a_masked_run_trains_and_is_scored_on_what_it_hid(masked: Path, capsys: 
     assert (scores["loss"], scores["objective"]) == (summary["validation"]["loss"], "mlm")
 
 
-def test_generating_from_a_masked_run_is_refused(masked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "generate needs clm" in refusal(capsys, "generate", masked)
+def test_a_masked_run_fills_gaps_and_has_no_options_of_prompts(
+    masked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--top-k is only used for runs trained with clm" in refusal(capsys, "generate", masked, "--top-k", "3")
 
 
 def test_a_prompt_with_unknown_characters_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

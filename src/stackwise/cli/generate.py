@@ -42,15 +42,15 @@ _Stop = Annotated[
 _Template = Annotated[
     str | None,
     typer.Option(
-        "--template", metavar="TEXT", help="diffusion: text whose gaps are filled; {20} is a gap of 20 tokens"
+        "--template", metavar="TEXT", help="mlm, diffusion: text whose gaps are filled; {20} is a gap of 20 tokens"
     ),
 ]
 _Order = Annotated[
     str | None,
     typer.Option(
         "--order",
-        help="diffusion: ancestral, first_hitting, confidence, margin, entropy or threshold "
-        "(default: ancestral; in blocks first_hitting)",
+        help="mlm, diffusion: ancestral, first_hitting, confidence, margin, entropy or threshold (default: ancestral; "
+        "in blocks first_hitting; of mlm confidence)",
     ),
 ]
 _Steps = Annotated[
@@ -58,7 +58,8 @@ _Steps = Annotated[
     typer.Option(
         "--steps",
         min=1,
-        help="diffusion: number of steps (default: one for each token); with time_interpretation depth, of each Stack",
+        help="mlm, diffusion: number of steps (default: one for each token); with time_interpretation depth, of each "
+        "Stack",
     ),
 ]
 _Threshold = Annotated[
@@ -70,7 +71,7 @@ _Threshold = Annotated[
 _Guidance = Annotated[
     float, typer.Option("--guidance", min=0.0, help="diffusion: strength of the guidance towards the given text")
 ]
-_Show = Annotated[bool, typer.Option("--show", help="diffusion: show the text as it appears, on stderr")]
+_Show = Annotated[bool, typer.Option("--show", help="mlm, diffusion: show the text as it appears, on stderr")]
 
 
 def generate(
@@ -92,7 +93,7 @@ def generate(
     step: Step = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text: continue a prompt, or fill gaps (diffusion)."""
+    """Generate text: continue a prompt, or fill gaps (mlm, diffusion)."""
     from stackwise.cli.results import print_json
     from stackwise.generation.sampling import row_seeds
     from stackwise.generation.text import stream_texts

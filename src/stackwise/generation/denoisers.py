@@ -20,6 +20,12 @@ from stackwise.model.reading import Reading
 from stackwise.objectives.diffusion import DiffusionObjective
 
 
+@torch.no_grad()
+def predictions(rack: Rack, tokens: Tensor, rate: Tensor) -> Tensor:
+    """The logits (B, T, V) of a Rack that predicts masked tokens whatever their share: a denoiser of mlm."""
+    return rack.logits(rack(Reading(tokens)))
+
+
 class RackDenoiser:
     """The logits (B, T, V) of tokens (B, T) at noise levels (B,), as the objective trained the Rack to give them.
 

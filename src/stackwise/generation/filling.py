@@ -1,9 +1,10 @@
-"""Text from masked diffusion: a prompt that is gone on from, or a template whose gaps are filled."""
+"""Text from Racks that predict masked tokens: a template whose gaps are filled, or a prompt and gaps after it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from stackwise.config.base import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
-from stackwise.generation.denoisers import RackDenoiser, generate_blocks
+from stackwise.generation.denoisers import RackDenoiser, generate_blocks, predictions
 from stackwise.generation.diffusion import unmask
 from stackwise.kinds import OBJECTIVES, samplers
 from stackwise.model.architecture import Rack
+from stackwise.objectives import Objective, create_objective
 from stackwise.objectives.depth import levels_of
 from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.ops.noise import divided
@@ -71,9 +73,9 @@ def fill_texts(
 
     Args:
         starts: ids, all of one length, the mask token at the gaps (``template_ids``).
-        order, options: of ``unmask``; default ancestral, in blocks first_hitting.
+        order, options: of ``unmask``; default ancestral, in blocks first_hitting, of mlm confidence.
         steps: of ``unmask``; where depth is time, of each Stack.
-        guidance: from the tokens that are given.
+        guidance: from the tokens that are given; of diffusion only.
 
     Raises:
         UserError: at the call, for settings that do not fit.
@@ -84,18 +86,14 @@ def fill_texts(
             f"this run was trained with {config.training.objective}; filling gaps needs "
             f"{' or '.join(samplers('filling'))}"
         )
-    objective = DiffusionObjective.from_config(config, tokenizer)
+    objective = create_objective(config, tokenizer)
     tokens = torch.tensor(starts, device=rack.device)
     never = tokenizer.special_ids | frozenset(range(tokenizer.vocab_size, rack.vocab_size))
     given: dict[str, Any] = {"mask_id": mask_id, "seed": seed, "suppressed_ids": never, **options}
     if guidance:
         given["guidance"] = guidance, tokens != mask_id
     variant, block = config.training.depth_variant, config.training.diffusion.block_length
-    if variant == "prefix" and (guidance or order not in (None, "ancestral")):
-        raise UserError(
-            "depth_variant: prefix reveals tokens Stack by Stack in one pass; order must be "
-            "ancestral, and there is no guidance"
-        )
+    _refuse_guidance(config, objective, guidance, order)
     try:
         if block is not None:
             if guidance:
@@ -103,6 +101,9 @@ def fill_texts(
             if not isinstance(seed, int):
                 given["seed"] = seed[0]
             many = generate_blocks(rack, tokens, block, order=order or "first_hitting", steps=steps, **given)
+        elif not isinstance(objective, DiffusionObjective):
+            given |= {"order": order or "confidence", "steps": steps}
+            many = unmask(partial(predictions, rack), tokens, **given)
         else:
             how: dict[str, Any] = {"order": order or "ancestral", "steps": steps}
             if variant is not None and how["order"] == "ancestral":
@@ -114,6 +115,19 @@ def fill_texts(
     except ValueError as error:
         raise UserError(str(error)) from error
     return ([text_with_gaps(tokenizer, row, mask_id) for row in step.tolist()] for step in many)
+
+
+def _refuse_guidance(config: StackWiseConfig, objective: Objective, guidance: float, order: str | None) -> None:
+    """UserError where the objective, or depth as time in one pass, has no guidance, or no order but one."""
+    if guidance and not isinstance(objective, DiffusionObjective):
+        raise UserError(
+            f"guidance is only used for runs trained with diffusion (this run was trained with {objective.name})"
+        )
+    if config.training.depth_variant == "prefix" and (guidance or order not in (None, "ancestral")):
+        raise UserError(
+            "depth_variant: prefix reveals tokens Stack by Stack in one pass; order must be "
+            "ancestral, and there is no guidance"
+        )
 
 
 def text_with_gaps(tokenizer: Tokenizer, ids: Sequence[int] | Tensor, mask_id: int) -> str:
