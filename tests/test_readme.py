@@ -69,6 +69,29 @@ def test_the_commands_of_masked_diffusion_run_as_printed(
     assert "standard_error" in printed.out and "It was a " in printed.out and "░" in printed.err
 
 
+def test_the_commands_for_texts_with_labels_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [b for b in blocks("") if "stackwise finetune" in b]
+    commands = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+    assert [c[1] for c in commands] == ["train", "finetune", "eval", "eval", "embed"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
+    Path("mybook.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 60)
+    for name in ("train.tsv", "validation.tsv"):
+        Path(name).write_text("sentence\tlabel\nIt was a night.\t1\nThe rain was dark.\t0\n")
+    Path("other.jsonl").write_text('{"sentence": "It fell.", "label": 0}\n')
+    Path("configs").mkdir()
+    Path("configs/tiny_bert.yaml").write_bytes((ROOT / "configs/tiny_bert.yaml").read_bytes())
+    for command in commands:
+        smaller = {
+            "train": ["training.max_steps=4", "training.seq_len=9", "model.d_model=16", "training.device=cpu"],
+            "finetune": ["training.max_steps=2"],
+        }
+        assert main([*command[1:], *smaller.get(command[1], [])]) == 0
+    assert '"confusion"' in capsys.readouterr().out and Path("vectors.npy").is_file()
+
+
 def test_the_commands_from_and_to_hugging_face_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """StackWise trains transformers from scratch, Stack by Stack, inside a memory budget.
 
-``train``, ``plan``, ``load``, ``generate`` and ``evaluate`` do what the commands of the same names do. They are fetched
-when they are first asked for: importing the package imports no torch.
+``train``, ``plan``, ``load``, ``generate``, ``evaluate`` and ``embed`` do what the commands of the same names do. They
+are fetched when they are first asked for: importing the package imports no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LIES_IN = {
+    "embed": "stackwise.evaluation.embed",
     "evaluate": "stackwise.evaluation.evaluate",
     "generate": "stackwise.runs.functions",
     "load": "stackwise.runs.run",
@@ -20,7 +21,7 @@ _LIES_IN = {
     "train": "stackwise.runs.functions",
 }
 
-__all__ = ["__version__", "evaluate", "generate", "load", "plan", "resume", "train"]
+__all__ = ["__version__", "embed", "evaluate", "generate", "load", "plan", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-Labels = Literal["inputs", "positions", "sequences"]
-"""What the labels of a batch are: the tokens themselves, the target of each position, the class of each sequence."""
+Labels = Literal["inputs", "positions", "classes", "numbers"]
+"""What the labels of a batch are: the tokens themselves, the target of each position, or of each sequence its class or
+a number.
+"""
 
 
 _HERE = __name__.removesuffix("kinds")
@@ -47,9 +49,11 @@ class CorpusKind(Kind):
 
     Attributes:
         path_takes: what ``data.path`` is for it: nothing, the name of one data set, or one path or several.
+        labelled: whether it has rows with a label each, which the objectives of sequences learn from.
     """
 
     path_takes: str | None = None
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class ObjectiveKind(Kind):
         attention: the direction of attention where the model's settings leave it open.
         either: whether the other direction is allowed as well.
         needs_mask: whether the tokenizer must have a mask token.
-        labels: what it learns from; all but the tokens come from a data loader, so only from Python.
+        labels: what it learns from. Those of sequences come from labelled files, or as those of positions do: from a
+            data loader, in Python.
         sampler: how a trained run makes text: it goes on from a prompt, or fills gaps; None: it makes none.
         masks: whether its phases have the rates of ``training.masking``.
         scores_alone: whether the evaluation also masks each token alone (pseudo-perplexity).
@@ -73,6 +78,11 @@ class ObjectiveKind(Kind):
     sampler: Literal["continuation", "filling"] | None = None
     masks: bool = False
     scores_alone: bool = False
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether it has one target for each sequence."""
+        return self.labels in ("classes", "numbers")
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ CORPORA: dict[str, CorpusKind] = {
     "python-stdlib": CorpusKind("data.library:library_corpus"),
     "files": CorpusKind("data.files:files_of", path_takes="paths"),
     "huggingface": CorpusKind("data.huggingface:dataset_of", path_takes="name"),
+    "labelled": CorpusKind("data.labelled:labelled_of", path_takes="paths", labelled=True),
     "loader": CorpusKind("data.loader:no_text"),
 }
 
@@ -125,15 +136,19 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
     ),
     "diffusion": ObjectiveKind("objectives.diffusion:DiffusionObjective", needs_mask=True, sampler="filling"),
     "custom": ObjectiveKind("objectives.custom:CustomObjective", attention="causal", either=True, labels="positions"),
-    "classification": ObjectiveKind(
-        "objectives.classification:ClassificationObjective", either=True, labels="sequences"
-    ),
+    "classification": ObjectiveKind("objectives.classification:ClassificationObjective", either=True, labels="classes"),
+    "regression": ObjectiveKind("objectives.regression:RegressionObjective", either=True, labels="numbers"),
 }
 
 
 def text_objectives() -> tuple[str, ...]:
     """The names of the objectives that learn from text alone."""
     return tuple(name for name, kind in OBJECTIVES.items() if kind.labels == "inputs")
+
+
+def sequence_objectives() -> tuple[str, ...]:
+    """The names of the objectives that learn from one label for each sequence."""
+    return tuple(name for name, kind in OBJECTIVES.items() if kind.of_sequences)
 
 
 def samplers(sampler: str) -> list[str]:

@@ -54,7 +54,7 @@ class Score(_Record):
     """How well text is predicted."""
 
     loss: Annotated[float, Field(description="Mean nats of a predicted token")]
-    perplexity: Annotated[float, Field(description="e to the power of the loss")]
+    perplexity: Annotated[float | None, Field(description="e to the power of the loss; null of regression")]
     bits_per_byte: Annotated[float | None, Field(description="null where not all of the text is predicted")]
     accuracy: NotRequired[Annotated[float | None, Field(description="Share of predicted tokens that were likeliest")]]
     curve: NotRequired[
@@ -249,6 +249,41 @@ class Evaluation(Score):
     bigram_bits_per_byte: Annotated[float, Field(description="Entropy of the same tokens, each after the one before")]
 
 
+class Interval(_Record):
+    """A score, and where the middle 95 % of it lie when the rows are drawn again; null where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Mistake(_Record):
+    """A row whose label was not predicted; of regression, one of the largest errors."""
+
+    where: Annotated[str, Field(description="File and line")]
+    texts: list[str]
+    row: Annotated[int, Field(description="Its number, from 0")]
+    label: str | float
+    predicted: str | float
+    probability: NotRequired[Annotated[float, Field(description="That the run gave to what it predicted")]]
+
+
+class LabelScores(_Record):
+    """``stackwise eval --json`` of a run that has learnt labels."""
+
+    step: Annotated[int, Field(description="Of the checkpoint")]
+    objective: str
+    rows: int
+    truncated: Annotated[int, Field(description="Rows that were longer than training.seq_len and were cut")]
+    metrics: Annotated[dict[str, Interval], Field(description="By the name of the score")]
+    majority: NotRequired[Annotated[float, Field(description="Share of the commonest class")]]
+    classes: NotRequired[list[str]]
+    confusion: NotRequired[
+        Annotated[list[list[int]], Field(description="Rows of each class (a row) taken for which (a column)")]
+    ]
+    wrong: Annotated[list[Mistake], Field(description="The surest mistakes, or the largest errors")]
+
+
 class ComparedPhase(PhaseSummary):
     """A phase of a run that is compared."""
 
@@ -350,7 +385,7 @@ class Doctor(_Record):
 
 
 RECORDS: tuple[Any, ...] = (
-    Metrics, Summary, Plan, Evaluation, Compared, Generated, Demo, Recipe, Exported, Imported, Joined,
+    Metrics, Summary, Plan, Evaluation, LabelScores, Compared, Generated, Demo, Recipe, Exported, Imported, Joined,
     Migration, Doctor,
 )  # fmt: skip
 """The records that a file or a command gives; the others are parts of them."""

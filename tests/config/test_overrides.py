@@ -159,7 +159,8 @@ def test_two_budgets_on_the_command_line_are_refused() -> None:
             "the value of training.optimizer.betas: not valid YAML at line 1, column 3: "
             "expected ',' or ']', but got '<stream end>'",
         ),
-        ("data.n_blocks=3", "data.n_blocks: unknown key; allowed here: source, path, subset, split, text_field, "
+        ("data.n_blocks=3", "data.n_blocks: unknown key; allowed here: source, path, validation_path, columns, subset, "
+         "split, text_field, "
          "validation_fraction, validation_split, tokenizer, cache_dir"),
     ],
 )  # fmt: skip

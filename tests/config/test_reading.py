@@ -20,7 +20,8 @@ UNKNOWN_KEYS = [
     ("training: {path: x}", "training.path: unknown key; did you mean data.path or data.tokenizer.path?"),
     (
         "training: {optimizer: {learning_speed: 1}}",
-        "training.optimizer.learning_speed: unknown key; allowed here: optimizer_type, lr, weight_decay, betas, "
+        "training.optimizer.learning_speed: unknown key; allowed here: optimizer_type, lr, layer_decay, weight_decay, "
+        "betas, "
         "eps, momentum, moments, in_backward",
     ),
     ("data: {tokenizer: {kinds: bpe}}", "data.tokenizer.kinds: unknown key; did you mean data.tokenizer.kind?"),
@@ -353,7 +354,7 @@ IMPOSSIBLE = [
     ("data: {source: files}", "data.path: must be set when source is files"),
     (
         "data: {path: x.txt}",
-        "data.path: 'x.txt' is only used when source is files or huggingface (source is python-stdlib)",
+        "data.path: 'x.txt' is only used when source is files, huggingface or labelled (source is python-stdlib)",
     ),
     (
         "data: {source: huggingface, path: [a, b]}",
@@ -465,7 +466,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
 
 def test_a_long_list_of_paths_does_not_make_a_long_message():
     with pytest.raises(
-        ConfigError, match=r"is only used when source is files or huggingface \(source is python-stdlib\)$"
+        ConfigError, match=r"is only used when source is files, huggingface or labelled \(source is python-stdlib\)$"
     ) as refused:
         StackWiseConfig.from_dict({"data": {"path": ["x"] * 30_000}})
     assert len(str(refused.value)) < 200

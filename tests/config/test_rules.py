@@ -26,6 +26,8 @@ GAUSSIAN = "model.attention_preset=kernel_attention"
 WEIGHT = (GAUSSIAN, CUSTOM + "kernel_meaning=weight")
 
 # key=value, as it is shown; settings without which it is not used, and when it would be; settings with which it is.
+LABELLED = ("data.source=labelled", "data.path=x.tsv", "training.progressive.training_objective=classification")
+WHEN_LABELLED = "source is labelled (source is python-stdlib)"
 CASES = [
     ("model.global_every=3", "3", (), "window is set (window is null)", ("model.window=8",)),
     ("model.local_rope_theta=100.5", "100.5", (), "window is set (window is null)", ("model.window=8",)),
@@ -137,7 +139,28 @@ CASES = [
     ),
     (
         "data.path=x.txt", "'x.txt'", (),
-        "source is files or huggingface (source is python-stdlib)", ("data.source=files",),
+        "source is files, huggingface or labelled (source is python-stdlib)", ("data.source=files",),
+    ),
+    (
+        "training.early_stopping.patience=3", "", (),
+        "training.evaluation.every_steps is set (training.evaluation.every_steps is null)",
+        ("training.evaluation.every_steps=5",),
+    ),
+    (
+        "training.early_stopping.min_improvement=0.5", "0.5", ("training.evaluation.every_steps=5",),
+        "patience is set (patience is null)",
+        ("training.evaluation.every_steps=5", "training.early_stopping.patience=3"),
+    ),
+    (
+        "training.early_stopping.ends=phase", "'phase'", ("training.evaluation.every_steps=5",),
+        "patience is set (patience is null)",
+        ("training.evaluation.every_steps=5", "training.early_stopping.patience=3"),
+    ),
+    ("data.validation_path=x.tsv", "'x.tsv'", (), WHEN_LABELLED, LABELLED),
+    ("data.columns.label=x", "", (), WHEN_LABELLED, LABELLED),
+    (
+        "training.classification.names=[neg, pos]", "['neg', 'pos']", LABELLED[2:],
+        "data.source is labelled (data.source is python-stdlib)", LABELLED,
     ),
     (
         "data.tokenizer.path=t.json", "'t.json'", (),
@@ -161,7 +184,8 @@ def test_a_setting_is_refused_where_nothing_uses_it_and_taken_where_something_do
     setting, shown, without, when, beside
 ):
     key = setting.partition("=")[0]
-    whole = next((part for part in ("training.classification", "training.diffusion") if key.startswith(part)), key)
+    sections = ("training.classification", "training.diffusion", "training.early_stopping", "data.columns")
+    whole = next((part for part in sections if key.startswith(part)), key)
     with pytest.raises(ConfigError) as refused:
         StackWiseConfig.from_dict({}, [*without, setting])
     found = str(refused.value)
@@ -207,7 +231,8 @@ def test_groups_are_of_whole_stacks():
 def test_every_key_of_the_table_is_tried_here():
     tried = {setting.partition("=")[0] for setting, *_ in CASES}
     tried |= {f"training.phases[].{setting.partition(':')[0]}" for setting, *_ in ENTRIES}
-    tried |= {"training.classification", "training.diffusion", "training.diffusion.weighting"}
-    tried -= {"training.classification.classes"}
+    tried |= {"training.classification", "training.diffusion", "training.diffusion.weighting", "data.columns"}
+    tried |= {"training.early_stopping"}
+    tried -= {"training.classification.classes", "training.early_stopping.patience", "data.columns.label"}
     assert {row.key for row in ONLY_USED} == tried
     assert len(ONLY_USED) == len(CASES) + len(ENTRIES) + 3  # two of weighting, one of groups

@@ -161,7 +161,7 @@ def test_what_cannot_be_classified_is_refused(tmp_path, capsys):
         objective().logits(create_simple_rack(1, 1, 26, 19, 13, 2), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="is only used when the objective is classification"):
         config("training.progressive.training_objective=clm")
-    with pytest.raises(ConfigError, match="cache_activations: true requires batches from a token store"):
+    with pytest.raises(ConfigError, match="cache_activations: true requires windows of text"):
         config("training.strategy=progressive", "training.progressive.trunk_strategy=frozen",
                "training.progressive.cache_activations=true")  # fmt: skip
     loader = ProgressiveDataLoader(np.zeros(100, dtype=np.int64), config())
@@ -170,5 +170,5 @@ def test_what_cannot_be_classified_is_refused(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("training: {progressive: {training_objective: classification}}\n")
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert "'classification' takes its targets from a data loader" in said and said.count("\n") == 1
+    assert "'classification' takes its targets from labelled files" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -83,7 +83,10 @@ def test_a_config_refuses_the_settings_that_an_optimizer_does_not_read(kind):
             StackWiseConfig.from_dict({"training": {"optimizer": {"optimizer_type": kind, key: value}}})
         except ConfigError:
             refused.add(key)
-    assert watched.read - {"optimizer_type"} == {"lr", "weight_decay", "betas", "eps", "moments", "momentum"} - refused
+    assert (
+        watched.read - {"optimizer_type", "layer_decay"}
+        == {"lr", "weight_decay", "betas", "eps", "moments", "momentum"} - refused
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -56,7 +56,7 @@ def test_a_run_of_somebody_else_reads_and_writes_nothing_outside_unasked(
 ) -> None:
     shutil.rmtree(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        for module, name in ((records, "stat_of"), (files, "stat_of"), (files, "_expand"), (store, "scratch_folder")):
+        for module, name in ((records, "stat_of"), (files, "stat_of"), (files, "expand"), (store, "scratch_folder")):
             patched.setattr(module, name, lambda *arguments: pytest.fail("something outside was used"))
         said = refusal(capsys, command[0], received, *command[1:])
     assert said == (

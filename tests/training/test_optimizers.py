@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from stackwise.config import StackWiseConfig
 from stackwise.config.optimization import OptimizerConfig
 from stackwise.growth.phases import Adapter, Growth, Phase, Schedule
 from stackwise.growth.preparation import set_trainable
-from stackwise.model.architecture import create_simple_rack
+from stackwise.model.architecture import create_rack_from_config, create_simple_rack
 from stackwise.optim.create import create_optimizer
+from stackwise.training import ArchitectureTrainer, ProgressiveDataLoader
 from stackwise.training.optimizers import (
     flatten,
     moments_for_phase,
@@ -149,3 +151,32 @@ def test_flattening_moments_can_be_undone():
     flat = flatten(moments)
     assert flat["norm/weight/exp_avg"] is moments["norm/weight"]["exp_avg"]
     assert unflatten(flat) == moments
+
+
+def test_rates_fall_from_block_to_block():
+    """One step of plain descent: what each weight moves by halves with each Block below the head."""
+    moved = {}
+    for decay in (1.0, 0.5):
+        config = StackWiseConfig.from_dict(
+            {
+                "model": {"vocab_size": 37, "d_model": 26, "n_heads": 13, "d_ff": 19,
+                          "architecture": {"n_stacks": 2, "blocks_per_stack": [2, 1]}},
+                "training": {
+                    "strategy": "end_to_end", "max_steps": 1, "batch_size": 3, "seq_len": 7, "device": "cpu",
+                    "grad_clip": None, "schedule": {"kind": "constant", "warmup_steps": 0},
+                    "optimizer": {"optimizer_type": "sgd", "lr": 0.5, "weight_decay": 0.0, "momentum": 0.0,
+                                  "layer_decay": decay},
+                },
+            }
+        )  # fmt: skip
+        model = create_rack_from_config(config)
+        before = {f"{part}/{name}": p.detach().double() for part, name, p in model.part_parameters()}
+        tokens = torch.arange(3 * 7 * 2) % 37
+        ArchitectureTrainer(config).train_architecture(model, ProgressiveDataLoader(tokens.numpy(), config))
+        moved[decay] = {f"{part}/{name}": p.detach().double() - before[f"{part}/{name}"]
+                        for part, name, p in model.part_parameters()}  # fmt: skip
+    below = {"head/": 0, "norm/": 0, "stack.1/blocks.0.": 1, "stack.0/blocks.1.": 2, "stack.0/blocks.0.": 3, "embed": 4}
+    for name, full in moved[1.0].items():
+        (height,) = [height for start, height in below.items() if name.startswith(start)]
+        # Weights are rounded to fp32, so a step is known to about a millionth.
+        torch.testing.assert_close(moved[0.5][name], full * 0.5**height, rtol=1e-3, atol=2e-7)

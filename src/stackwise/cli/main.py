@@ -31,8 +31,10 @@ from stackwise.cli import (
     compare,
     demo,
     doctor,
+    embed,
     eval,
     export,
+    finetune,
     generate,
     import_,
     init,
@@ -80,10 +82,12 @@ app.command(short_help="Grow a small model on text that every machine has.")(dem
 app.command(epilog=init.EPILOG)(init.init)
 app.command()(train.train)
 app.command(short_help="Continue a run, where asked with other settings.")(resume.resume)
+app.command(short_help="Train a run further on labelled texts.")(finetune.finetune)
 app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
 app.command(short_help="Train by several recipes at equal FLOPs, side by side.")(compare.compare)
 app.command(short_help="List the named ways to train.")(recipes.recipes)
 app.command("eval")(eval.evaluate)
+app.command(short_help="Write texts as vectors.")(embed.embed)
 app.command()(generate.generate)
 app.command(short_help="Write a run as a folder that transformers loads.")(export.export)
 app.command("import", short_help="Bring a Hugging Face folder in as a run.")(import_.import_)

@@ -106,6 +106,13 @@ def show_summary(summary: dict[str, Any], run: Path, as_json: bool) -> None:
     if (validation := summary["validation"]) is None:
         console.print(f"no validation data was given; the run is in {run}", highlight=False, soft_wrap=True)
         return
+    if validation["perplexity"] is None:
+        console.print(
+            f"validation: mean squared error {validation['loss']:.4f}\nin {run}: try  stackwise eval {run}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
     per_byte = "" if validation["bits_per_byte"] is None else f", {validation['bits_per_byte']:.4f} bits per byte"
     console.print(
         f"validation loss {bound(validation['loss'], summary.get('nelbo'))} nats per token, "

@@ -31,19 +31,32 @@ class TokenizerConfig(Section):
         return self
 
 
+class ColumnsConfig(Section):
+    """Columns of labelled files. null: found by their names, such as those of the GLUE tasks."""
+
+    text: str | None = Field(None, description="Column of the text, or of the first text of a pair")
+    pair: str | None = Field(None, description="Column of the second text of a pair; only used when text is set")
+    label: str | None = Field(None, description="Column of the class or the number")
+
+
 class DataConfig(Section):
     fixed = "the batch of each step follows from the text and how it is read"
 
     source: SourceName = Field(
         "python-stdlib",
         description="python-stdlib: the library sources on this machine; files: local files (path); huggingface: a "
-        "data set (path); loader: batches that a trainer is given in Python",
+        "data set (path); labelled: files of rows with a label each (path), for classification and regression; "
+        "loader: batches that a trainer is given in Python",
     )
     path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
         None,
-        description="files: a file, folder, glob or list (text, .jsonl, .parquet); huggingface: the name of the data "
-        "set",
+        description="files: a file, folder, glob or list (text, .jsonl, .parquet); labelled: the training rows, in "
+        ".tsv, .csv, .jsonl or .parquet; huggingface: the name of the data set",
     )
+    validation_path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="labelled: the validation rows; null: validation_fraction of the rows, chosen by content"
+    )
+    columns: ColumnsConfig = ColumnsConfig()
     subset: str | None = Field(None, description="huggingface: configuration of the data set")
     split: str = Field("train", description="huggingface: split to read")
     text_field: str = Field("text", description="Field of .jsonl and .parquet records that holds the text")
@@ -69,4 +82,6 @@ class DataConfig(Section):
             raise conflict(
                 "path", f"{list(self.path or ())!r} must be the name of one data set when source is {self.source}"
             )
+        if self.columns.pair is not None and self.columns.text is None:
+            raise conflict("columns.pair", f"{self.columns.pair!r} is only used when columns.text is set")
         return self

@@ -64,8 +64,8 @@ class ProgressiveConfig(Section):
     training_objective: ObjectiveName = Field(
         "clm",
         description="clm: next token; mlm: masked tokens; diffusion: masked tokens at every rate, a bound on the "
-        "likelihood (mlm and diffusion need bidirectional attention); custom: targets from a data loader; "
-        "classification: class labels from a data loader (both from Python only)",
+        "likelihood (mlm and diffusion need bidirectional attention); custom: targets from a data loader (from Python "
+        "only); classification, regression: the class of each text, or a number (data.source labelled, or Python)",
     )
 
 
@@ -91,13 +91,17 @@ class PhaseConfig(Section):
         None, description="add: storage of a frozen trunk; null: training.progressive.trunk_precision"
     )
     trains: (
-        Literal["all"]
+        Literal["all", "adapters"]
         | Annotated[
             tuple[Annotated[int, Field(ge=0)] | Literal["embedding"], ...],
             BeforeValidator(as_tuple),
         ]
         | None
-    ) = Field(None, description="all, or a list of Stack ids (and embedding) that train together")
+    ) = Field(
+        None,
+        description="all; adapters: those of all Stacks, whose own weights are frozen and stored in trunk_precision; "
+        "or a list of Stack ids (and embedding) that train together",
+    )
     sweep: Literal["left_to_right", "right_to_left"] | None = Field(
         None, description="One unit after another trains while the others are frozen"
     )

@@ -133,9 +133,19 @@ class ClassificationConfig(Section):
     """The class of a sequence, scored by the first rows of the head."""
 
     classes: Annotated[Size, Field(ge=2)] = Field(2, description="Number of classes: labels are 0 to classes − 1")
+    names: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="data.source labelled: what the labels 0, 1, … are called in the files; null: what the "
+        "training rows say, sorted"
+    )  # fmt: skip
     pooling: Literal["last", "mean"] | None = Field(
         None, description=
 "What the head reads: the last real token, or the mean over all; null: last with causal attention, "
 "else mean"
 
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.names is not None and (len(self.names) != self.classes or len(set(self.names)) < len(self.names)):
+            raise conflict("names", f"{list(self.names)} must be {self.classes} different names (classes)")
+        return self

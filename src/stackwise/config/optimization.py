@@ -23,6 +23,11 @@ class OptimizerConfig(Section):
         "adamw", description="adamw; muon: Muon on the matrices of Stacks, AdamW on the rest; sgd: with momentum"
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="Peak learning rate")
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0,
+        description="Learning rate of each Block as a share of the rate of the Block after it (ELECTRA, 2003.10555); "
+        "head and norm have lr, and the embedding has the lowest rate, a tied head with it",
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         0.1, description="Weight decay of matrices (adamw, muon: decoupled); vectors are not decayed"
     )

@@ -15,7 +15,7 @@ from stackwise.config.data import TokenizerConfig
 from stackwise.config.messages import show
 from stackwise.config.run import Settings
 from stackwise.config.section import Section, conflict
-from stackwise.kinds import CORPORA, OBJECTIVES, OPTIMIZERS, STORAGES
+from stackwise.kinds import CORPORA, OBJECTIVES, OPTIMIZERS, STORAGES, sequence_objectives
 
 
 class OnlyUsed(NamedTuple):
@@ -36,6 +36,7 @@ def _using(setting: str) -> tuple[str, ...]:
     return tuple(name for name, kind in OPTIMIZERS.items() if setting in kind.uses)
 
 
+_LABELLED = tuple(name for name, kind in CORPORA.items() if kind.labelled)
 _LATENT = ("mla_attention", "mlgka", "custom")
 _KERNEL = ("kernel_attention", "mlgka", "custom")
 _KERNELS = tuple(name for name in get_args(KernelType) if name != "linear")
@@ -114,6 +115,9 @@ ONLY_USED = (
     OnlyUsed("training.diffusion.weight_power", "training.depth_variant", (None, "experts", "suffix"), _ONE_RATE),
     OnlyUsed("training.diffusion.min_rate", "training.diffusion.weighting", ("stratified",)),
     OnlyUsed("data.path", "data.source", tuple(name for name, kind in CORPORA.items() if kind.path_takes)),
+    OnlyUsed("data.validation_path", "data.source", _LABELLED),
+    OnlyUsed("data.columns", "data.source", _LABELLED),
+    OnlyUsed("training.classification.names", "data.source", _LABELLED),
     OnlyUsed("data.tokenizer.path", "data.tokenizer.kind", ("pretrained",)),
 )
 
@@ -214,6 +218,17 @@ def _text(config: Settings) -> None:
         raise conflict(
             "training.seq_len",
             f"{seq_len} is above the number of learned positions (model.learned_positions is {positions})",
+        )
+
+
+def _labels(config: Settings) -> None:
+    """Rows with labels, and the objectives that learn from them."""
+    objective, source = config.training.objective, config.data.source
+    if CORPORA[source].labelled and not OBJECTIVES[objective].of_sequences:
+        raise conflict(
+            "training.progressive.training_objective",
+            f"{objective!r} learns from text, but data.source is {source}; set {_or(sequence_objectives())}, "
+            "or data.source: files",
         )
 
 
@@ -405,6 +420,12 @@ def _trunk(config: Settings) -> None:
             f"true cannot be combined with {of_strategy[kind]}: {kind}, because training the head would change the "
             "embedding that the trunk reads; set tie_embeddings: false, or make the trunk trainable",
         )
+    for i, entry in enumerate(training.phases):
+        if entry.trains == "adapters" and not (qlora.enabled or qlora.progressive_enabled):
+            raise conflict(
+                f"training.phases[{i}].trains",
+                "'adapters' trains adapters, but they are not enabled; set training.qlora.enabled: true",
+            )
     if training.offload != "none" and not config.freezes_stacks:
         grows = training.strategy == "progressive" and trunks
         why = "trunk_strategy is trainable" if grows else "no phase freezes any"
@@ -419,10 +440,9 @@ def _cache(config: Settings) -> None:
     if not training.progressive.cache_activations:
         return
     key = "training.progressive.cache_activations"
-    if OBJECTIVES[training.objective].labels == "sequences":
+    if OBJECTIVES[training.objective].of_sequences:
         raise conflict(
-            key,
-            f"true requires batches from a token store, but {training.objective} takes batches from a data loader",
+            key, f"true requires windows of text, which are all full, but {training.objective} takes rows with padding"
         )
     if training.diffusion.block_length not in (None, training.seq_len):
         raise conflict(
@@ -445,4 +465,4 @@ def _cache(config: Settings) -> None:
         )
 
 
-_RULES = (_direction, _update, _noise, _depth, _masking, _text, _growth, _storage, _trunk, _cache)
+_RULES = (_direction, _labels, _update, _noise, _depth, _masking, _text, _growth, _storage, _trunk, _cache)

@@ -217,7 +217,7 @@ class Settings(Section):
         training = self.training
         if training.strategy == "end_to_end":
             return training.end_to_end_scope != "rackwise"
-        some = any(entry.sweep or entry.unfreeze or isinstance(entry.trains, tuple) for entry in training.phases)
+        some = any(entry.sweep or entry.unfreeze or entry.trains not in (None, "all") for entry in training.phases)
         stored = not STORAGES[training.progressive.new_stack_precision].trains
         return some or stored or bool(set(self.trunks().values()) - {"trainable"})
 

@@ -61,7 +61,7 @@ def open_files(paths: Sequence[str], text_field: str, memo: Path | None = None, 
     """
     files: dict[Path, Path] = {}
     for entry in paths:
-        for file in _expand(entry, key):
+        for file in expand(entry, key):
             files.setdefault(file.resolve(), file)
     sources = [_source(file, text_field) for file in files.values()]
     if not any(source.size for source in sources):
@@ -69,7 +69,7 @@ def open_files(paths: Sequence[str], text_field: str, memo: Path | None = None, 
     return FileCorpus(sources, ", ".join(map(str, paths)), memo)
 
 
-def _expand(entry: str, key: str) -> list[Path]:
+def expand(entry: str, key: str) -> list[Path]:
     """The files that a path or glob names, sorted."""
     path = from_home(entry, key)
     if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 
 def json_lines_documents(path: Path, text_field: str) -> Iterator[Document]:
+    for where, record in json_lines_records(path):
+        if text := text_of(record, text_field, where):
+            yield split_text(text)
+
+
+def json_lines_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the object) of each line that is not blank."""
     offset = 0
     with reading(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -79,8 +86,7 @@ def json_lines_documents(path: Path, text_field: str) -> Iterator[Document]:
                 raise UserError(f"{where}: {error}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: not a record: it is {json_type(record)}, not an object with fields")
-            if text := text_of(record, text_field, where):
-                yield split_text(text)
+            yield where, record
 
 
 def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
@@ -104,6 +110,18 @@ def no_field(text_field: str, fields: Any, where: str) -> str:
 
 
 def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
+    def fields(names: list[str]) -> list[str]:
+        if text_field not in names:
+            raise UserError(no_field(text_field, names, str(path)))
+        return [text_field]
+
+    for where, values in parquet_rows(path, fields):
+        if text := text_of({text_field: values[0]}, text_field, where):
+            yield split_text(text)
+
+
+def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[str, list[Any]]]:
+    """(where it stands, its values in the columns that ``choose`` picks among the file's) of each row."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -111,20 +129,19 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'stackwise[parquet]'") from None
     try:
         with reading(path), pyarrow.parquet.ParquetFile(path) as file:
-            fields = file.schema_arrow.names
-            if text_field not in fields:
-                raise UserError(no_field(text_field, fields, str(path)))
+            wanted = choose(file.schema_arrow.names)
             row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                columns = [batch.column(name) for name in wanted]
+                for i in range(batch.num_rows):
                     row += 1
-                    where = f"{path}, row {row}"
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError:
-                        raise UserError(f"{where}: the field {text_field!r} is not UTF-8 text") from None
-                    if text := text_of({text_field: text}, text_field, where):
-                        yield split_text(text)
+                    where, values = f"{path}, row {row}", []
+                    for name, column in zip(wanted, columns):
+                        try:
+                            values.append(column[i].as_py())
+                        except UnicodeDecodeError:
+                            raise UserError(f"{where}: the field {name!r} is not UTF-8 text") from None
+                    yield where, values
     except pyarrow.ArrowException as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({problem})") from None

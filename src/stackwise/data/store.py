@@ -36,12 +36,11 @@ from stackwise.data.corpora import open_corpus
 from stackwise.data.corpus import Corpus, Progress
 from stackwise.data.files import open_files
 from stackwise.data.tokenizers import (
-    ByteTokenizer,
     CharacterTokenizer,
     LibraryTokenizer,
     Tokenizer,
     load_tokenizer,
-    open_pretrained,
+    ready_tokenizer,
     train_bpe,
 )
 from stackwise.data.verification import ARRAYS, Verification
@@ -126,7 +125,7 @@ def prepare(
     report = _sparse(progress)
     root = cache_root(cache_dir if cache_dir is not None else config.cache_dir)
     remove_leftovers(root / "tokens", "store")  # of a process killed after its store was in place; none follows
-    tokenizer = tokenizer or _ready_tokenizer(config)
+    tokenizer = tokenizer or ready_tokenizer(config)
     lacking = need_mask and isinstance(tokenizer, LibraryTokenizer) and tokenizer.mask_id is None
     if lacking:
         assert isinstance(tokenizer, LibraryTokenizer)
@@ -209,18 +208,6 @@ def _split_settings(config: DataConfig) -> list[object]:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
-def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer, where it does not depend on the corpus."""
-    match config.tokenizer.kind:
-        case "bytes":
-            return ByteTokenizer()
-        case "pretrained":
-            assert config.tokenizer.path is not None
-            return open_pretrained(config.tokenizer.path)
-        case _:
-            return None
 
 
 def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:

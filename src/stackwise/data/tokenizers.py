@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
+from stackwise.config.data import DataConfig
 from stackwise.errors import RunError, UserError
 from stackwise.files import publish, reason, scratch_folder
 from stackwise.reading import JSONError, from_home, parse_json, read_object
@@ -343,6 +344,18 @@ def open_pretrained(path: str | Path) -> Tokenizer:
         )
     pad = named.get("pad_token") or first(_PAD_NAMES)
     return LibraryTokenizer(library, "pretrained", end=end, pad=pad, mask=named.get("mask_token") or first(_MASK_NAMES))
+
+
+def ready_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer of ``data.tokenizer``, where it does not depend on the corpus."""
+    match config.tokenizer.kind:
+        case "bytes":
+            return ByteTokenizer()
+        case "pretrained":
+            assert config.tokenizer.path is not None
+            return open_pretrained(config.tokenizer.path)
+        case _:
+            return None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

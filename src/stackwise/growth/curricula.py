@@ -17,6 +17,7 @@ from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import ScheduleConfig
 from stackwise.errors import UserError
 from stackwise.growth.phases import Adapter, AdapterKind, Growth, Init, Phase, Schedule
+from stackwise.growth.places import Place, placed
 from stackwise.kinds import CURRICULA, OBJECTIVES, STORAGES
 from stackwise.objectives.depth import Interval, intervals_of, levels_of
 from stackwise.ops.boundary import largest_count
@@ -38,7 +39,6 @@ class Draft:
 
 
 Trunk = Literal["frozen", "qlora", "trainable"]
-Place = Literal["right", "left", "middle", "between"]
 _PLACES: dict[str, Place] = {"append": "right", "prepend": "left", "interleave": "between"}
 
 
@@ -74,7 +74,7 @@ class Course:
     ) -> None:
         """The Stacks of ``group`` join and train; ``precision`` is that of a trunk that is frozen (or qlora)."""
         settings = self.config.training.progressive
-        before, (self.stacks, left_of) = self.stacks, _placed(self.stacks, group, at)
+        before, (self.stacks, left_of) = self.stacks, placed(self.stacks, group, at)
         growth = tuple(
             Growth(new, init if left_of[new] is not None else "random", left_of[new] if init == "copy" else None)
             for new in group
@@ -101,6 +101,12 @@ class Course:
         for k in ids:
             self._precision[k] = "full"
         self._draft(name, trained, embedding, ids, share)
+
+    def train_adapters(self, name: str, share: float) -> None:
+        """The adapters of all Stacks train, beside their frozen weights, which are stored as a frozen trunk's are."""
+        for k in self.stacks:
+            self._precision[k] = self.config.training.progressive.trunk_precision
+        self._draft(name, (), False, set(self.stacks), share)
 
     def train_all(self, name: str, share: float) -> None:
         self.train(name, [f"stack.{k}" for k in self.stacks], True, share)
@@ -293,6 +299,8 @@ def free(config: StackWiseConfig, present: tuple[int, ...] = ()) -> list[Draft]:
             course.unfreeze(share, rightwards=entry.unfreeze == "left_to_right")
         elif entry.trains == "all":
             course.train_all("joint" if i == len(entries) - 1 else f"all, entry {i}", share)
+        elif entry.trains == "adapters":
+            course.train_adapters("adapters", share)
         else:
             assert isinstance(entry.trains, tuple)
             lacking = [k for k in entry.trains if isinstance(k, int) and k not in course.stacks]
@@ -318,28 +326,6 @@ def _waiting(config: StackWiseConfig, present: tuple[int, ...], where: str = "")
             f"Stacks; raise {key}"
         )
     return list(range(first, target))
-
-
-def _placed(stacks: tuple[int, ...], group: list[int], at: Place) -> tuple[tuple[int, ...], dict[int, int | None]]:
-    """The order once the Stacks of ``group`` have joined, and each one's neighbour among those that were there."""
-    match at:
-        case "right":
-            return (*stacks, *group), dict.fromkeys(group, stacks[-1] if stacks else None)
-        case "left":
-            return (*group, *stacks), dict.fromkeys(group, stacks[0] if stacks else None)
-        case "middle":
-            left, right = stacks[: -(-len(stacks) // 2)], stacks[-(-len(stacks) // 2) :]
-            return (*left, *group, *right), dict.fromkeys(group, left[-1] if left else None)
-    order: list[int] = []
-    neighbours: dict[int, int | None] = {}
-    waiting = list(group)
-    for i, stack in enumerate(stacks, 1):
-        order.append(stack)
-        # After i of P Stacks, i/P of the new ones have joined: the last one ends the Rack.
-        while waiting and (len(group) - len(waiting) + 1) * len(stacks) <= i * len(group):
-            neighbours[waiting[0]] = stack
-            order.append(waiting.pop(0))
-    return tuple(order), neighbours
 
 
 def build_phases(

@@ -9,6 +9,7 @@ from stackwise.objectives.classification import ClassificationObjective
 from stackwise.objectives.custom import CustomObjective
 from stackwise.objectives.diffusion import DiffusionObjective
 from stackwise.objectives.masked import MaskedObjective
+from stackwise.objectives.regression import RegressionObjective
 
 __all__ = [
     "CausalObjective",
@@ -18,6 +19,7 @@ __all__ = [
     "Example",
     "MaskedObjective",
     "Objective",
+    "RegressionObjective",
     "Score",
     "create_objective",
     "create_objectives",

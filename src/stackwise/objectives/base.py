@@ -84,6 +84,8 @@ class Objective(Protocol):
     """Whether the score covers the likelihood of the whole text, so that bits per byte mean something."""
     special_ids: frozenset[int]
     """Tokens of a text that are given and never predicted: neither their nats nor their number count. Of clm: none."""
+    is_likelihood: bool
+    """Whether the loss is a negative log-likelihood, so that e to its power is a perplexity."""
     is_bound: bool
     """Whether the score bounds the negative log-likelihood, by random draws, and is not the thing itself."""
 
@@ -119,6 +121,7 @@ class CrossEntropyObjective(ABC):
     """Loss and score of the objectives that predict one token at each target position."""
 
     is_bound = False
+    is_likelihood = True
     name: str
     special_ids: frozenset[int] = frozenset()
     excluded: int | None = None

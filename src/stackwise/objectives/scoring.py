@@ -34,8 +34,8 @@ _AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a predicted token, e to that power, and bits per byte (``None`` if not all text is predicted, or
-    its bytes are not known).
+    """Mean nats a predicted token, e to that power (``None`` where the loss is no likelihood), and bits per byte
+    (``None`` if not all text is predicted, or its bytes are not known).
 
     Attributes:
         tokens: that the mean is over.
@@ -49,7 +49,7 @@ class Validation:
     """
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float | None
     tokens: int
     accuracy: float | None = None
@@ -129,23 +129,53 @@ def validate(
         StoppedBySignal, Stopped: a signal is noted; between two batches.
     """
     starts = validation_windows(len(tokens), seq_len, max_tokens)
+    bytes_per_predicted = None
+    if bytes_per_token is not None:
+        bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
+
+    def batch_of(index: NDArray[np.int64], draw: NDArray[np.int64]) -> Batch:
+        return Batch(windows(tokens, index, seq_len), index, draw)
+
+    return validate_samples(
+        rack, objective, starts, batch_of, batch_size=batch_size, bytes_per_predicted=bytes_per_predicted, draws=draws,
+        compute_dtype=compute_dtype, progress=progress,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def validate_samples(
+    rack: Rack,
+    objective: Objective,
+    samples: NDArray[np.int64],
+    batch_of: Callable[[NDArray[np.int64], NDArray[np.int64]], Batch],
+    *,
+    batch_size: int,
+    bytes_per_predicted: float | None = None,
+    draws: int = 1,
+    compute_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Validation:
+    """Scores ``samples``, by their ids; ``batch_of`` gives the batch of some of them, and the draw of each.
+
+    Args:
+        bytes_per_predicted: bytes of text per predicted token; ``None``: not known. The others as for ``validate``.
+
+    Raises:
+        StoppedBySignal, Stopped: as ``validate`` does.
+    """
     objective = objective.of(rack)
     scores: list[Score] = []
     sequences: list[NDArray[np.int64]] = []
     with evaluating(rack):
         for draw in range(draws if objective.is_bound else 1):
-            for first in range(0, len(starts), batch_size):
+            for first in range(0, len(samples), batch_size):
                 stop_if_asked()
-                index = starts[first : first + batch_size]
-                batch = Batch(windows(tokens, index, seq_len), index, np.full_like(index, draw))
+                index = samples[first : first + batch_size]
                 with autocast(rack.device, compute_dtype):
-                    scores.append(objective.score(rack, batch))
+                    scores.append(objective.score(rack, batch_of(index, np.full_like(index, draw))))
                 sequences.append(index)
                 if progress is not None:
-                    progress(draw * len(starts) + first + len(index), len(starts) * draws)
-    bytes_per_predicted = None
-    if bytes_per_token is not None:
-        bytes_per_predicted = bytes_per_token / predicted_share(tokens, objective.special_ids)
+                    progress(draw * len(samples) + first + len(index), len(samples) * draws)
     return _validation(scores, np.concatenate(sequences), objective, bytes_per_predicted, draws)
 
 
@@ -171,7 +201,7 @@ def _validation(
         accuracy = sum(score.right for score in scores) / judged if judged else None
     return Validation(
         loss,
-        math.exp(min(loss, 700.0)),
+        math.exp(min(loss, 700.0)) if objective.is_likelihood else None,
         bits_per_byte(loss, bytes_per_predicted) if whole and bytes_per_predicted is not None else None,
         int(count.sum()),
         accuracy,

@@ -13,14 +13,18 @@ from stackwise.optim.kinds import optimizer_of
 
 
 def create_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig, seed: int = 0
+    parameters: Mapping[str, nn.Parameter],
+    settings: OptimizerConfig,
+    seed: int = 0,
+    heights: Mapping[str, int] | None = None,
 ) -> torch.optim.Optimizer | Several:
     """The optimizer that ``settings`` names (``optim.kinds``), of parameters by their full name ``part/name``.
 
     Args:
         seed: of the rounding of what is stored in fewer bits.
+        heights: how often ``layer_decay`` lowers the rate of each; default never.
     """
-    made = optimizer_of(settings).make(parameters, seed)
+    made = optimizer_of(settings, heights).make(parameters, seed)
     return made[0] if len(made) == 1 else Several(made)
 
 
@@ -80,17 +84,23 @@ class InBackward:
     that is not finite counts as zero, so that weights and moments stay finite; ``norm`` then is not finite.
 
     Args:
-        parameters, settings, seed: as for ``create_optimizer``; every parameter gets an optimizer of its own.
+        parameters, settings, seed, heights: as for ``create_optimizer``; every parameter gets an optimizer of its own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimizerConfig,
+        seed: int = 0,
+        heights: Mapping[str, int] | None = None,
+    ) -> None:
         self.armed = False
         self.seen: set[str] = set()
         self._squares: list[Tensor] = []
         one_each: list[torch.optim.Optimizer] = []
         self._handles, self._updates = [], []
         for name, parameter in parameters.items():
-            (optimizer,) = optimizer_of(settings).make({name: parameter}, seed)
+            (optimizer,) = optimizer_of(settings, heights).make({name: parameter}, seed)
             one_each.append(optimizer)
             update = self._hook(name, optimizer)
             self._updates.append((parameter, update))

@@ -19,10 +19,14 @@ Named = Mapping[str, nn.Parameter]
 
 
 class Optimizer(ABC):
-    """A kind of optimizer with its settings. Matrices decay; vectors do not."""
+    """A kind of optimizer with its settings. Matrices decay; vectors do not.
 
-    def __init__(self, settings: OptimizerConfig) -> None:
-        self.settings = settings
+    Args:
+        heights: of parameters by name, how often ``layer_decay`` lowers their rate; those that are not named have 0.
+    """
+
+    def __init__(self, settings: OptimizerConfig, heights: Mapping[str, int] | None = None) -> None:
+        self.settings, self.heights = settings, heights or {}
 
     @abstractmethod
     def make(self, parameters: Named, seed: int) -> list[torch.optim.Optimizer]:
@@ -45,13 +49,19 @@ class Optimizer(ABC):
         return False
 
     def groups(self, parameters: Named) -> list[dict[str, Any]]:
-        """Those that decay and those that do not, as torch's optimizers take them; without empty groups."""
-        decay = self.settings.weight_decay
-        groups = [
-            {"params": [(name, p) for name, p in parameters.items() if p.dim() >= 2], "weight_decay": decay},
-            {"params": [(name, p) for name, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """Those that decay and those that do not, as torch's optimizers take them; of one rate each (``lr_share``)."""
+        matrices = {name: p for name, p in parameters.items() if p.dim() >= 2}
+        vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
+        decays = ((matrices, self.settings.weight_decay), (vectors, 0.0))
+        return [{**group, "weight_decay": decay} for some, decay in decays for group in self.by_rate(some)]
+
+    def by_rate(self, parameters: Named) -> list[dict[str, Any]]:
+        """Groups of equal rates: ``lr_share`` is that of a group as a share of the run's."""
+        shares: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in parameters.items():
+            share = self.settings.layer_decay ** self.heights.get(name, 0)
+            shares.setdefault(share, []).append((name, parameter))
+        return [{"params": named, "lr_share": share} for share, named in shares.items()]
 
 
 class AdamW(Optimizer):
@@ -90,7 +100,7 @@ class Muon(AdamW):
         if matrices:
             momentum = self.settings.momentum
             muon = torch.optim.Muon(
-                list(matrices.values()),
+                self.by_rate(matrices),
                 lr=self.settings.lr,
                 weight_decay=self.settings.weight_decay,
                 momentum=0.95 if momentum is None else momentum,
@@ -128,7 +138,7 @@ class Sgd(Optimizer):
         return parameter.numel() * parameter.element_size() if decays else 0
 
 
-def optimizer_of(settings: OptimizerConfig) -> Optimizer:
-    """The kind that ``settings`` name, with them."""
-    kind: Optimizer = OPTIMIZERS[settings.optimizer_type].load()(settings)
+def optimizer_of(settings: OptimizerConfig, heights: Mapping[str, int] | None = None) -> Optimizer:
+    """The kind that ``settings`` name, with them and ``heights``."""
+    kind: Optimizer = OPTIMIZERS[settings.optimizer_type].load()(settings, heights)
     return kind

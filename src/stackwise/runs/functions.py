@@ -11,8 +11,8 @@ from stackwise.generation.filling import fill_texts, starting_ids
 from stackwise.generation.sampling import row_seeds
 from stackwise.generation.text import stream_text
 from stackwise.kinds import OBJECTIVES
-from stackwise.model.lexical import resolve_family
 from stackwise.planning.plan import Plan, plan_run
+from stackwise.runs.data import resolved
 from stackwise.runs.initial import initial_stacks
 from stackwise.runs.run import LoadedRun, load, resume_run, train_run
 from stackwise.store.identity import check_same_run
@@ -52,7 +52,7 @@ def train(
     reporter = reporter or console_reporter()
     if not (resume and RunDir(out).config.exists()):
         return train_run(settings, out, reporter, callbacks)
-    check_same_run(RunDir.open(out), resolve_family(settings))
+    check_same_run(RunDir.open(out), resolved(settings))
     return resume_run(out, reporter, callbacks=callbacks)
 
 

@@ -17,6 +17,8 @@ from stackwise.store.structure import rack_of_checkpoint
 
 _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embedding", "freeze_up_proj")
 """Settings of ``model`` in which a run may differ from the one it starts from."""
+_FULL = {None, "gpt_style", "bert_style"}
+"""Presets of full attention, whose weights are the same and fit every direction."""
 
 
 def settings_from_run(path: str | Path, initial: str | Path) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     base = StackWiseConfig.from_yaml(run.config)
     for key in type(base.model).model_fields:
         there, here = getattr(base.model, key), getattr(config.model, key)
-        if key not in _FREE and there != here:
+        if key not in _FREE and there != here and not (key == "attention_preset" and {there, here} <= _FULL):
             raise UserError(f"model.{key}: {here!r}, but the run that model.initial names has {there!r}")
     for key in ("family", "embedding_option", "adapter_hidden_dim", "embedding_dim"):
         there, here = getattr(base.model.tokenizer_embedding, key), getattr(config.model.tokenizer_embedding, key)

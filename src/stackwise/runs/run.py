@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 
 from stackwise.config.base import StackWiseConfig
-from stackwise.data.store import PreparedData, prepare
+from stackwise.data.cache import cache_root
+from stackwise.data.labelled import prepare_labelled
+from stackwise.data.store import prepare
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.errors import ConfigError, RunError, UserError, out_of_memory
 from stackwise.files import new_folder, write_text_atomic
 from stackwise.growth.adapters import plain_rack
-from stackwise.kinds import OBJECTIVES, text_objectives
+from stackwise.kinds import CORPORA, OBJECTIVES
 from stackwise.model.architecture import Rack, create_rack_from_config, create_stack_from_config
-from stackwise.model.lexical import resolve_family
 from stackwise.objectives import Objective, create_objectives
-from stackwise.objectives.scoring import Validation, check_scorable
+from stackwise.objectives.scoring import Validation
 from stackwise.ops.precision import resolve_device
 from stackwise.planning.plan import Planned
 from stackwise.runs.build import create_loop, train_to_summary
+from stackwise.runs.data import Rows, RunData, Text, resolved
 from stackwise.runs.initial import initial_checkpoint, initial_rack
 from stackwise.runs.limits import NO_LIMITS, Guard, Limits
 from stackwise.runs.steering import Course
-from stackwise.runs.validation import validate_run, windows_of
 from stackwise.signals import stop_if_asked, stoppable
 from stackwise.store.changes import Changes
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
@@ -40,10 +41,8 @@ from stackwise.store.structure import rack_of_checkpoint
 from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
-from stackwise.training.sources import ProgressiveDataLoader, TokenSource
-from stackwise.units import count
 
-TEXT = ("data.path", "data.cache_dir")
+TEXT = ("data.path", "data.validation_path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
 
 OUTSIDE = (*TEXT, "data.tokenizer.path", "model.initial", "model.tokenizer_embedding.family")
@@ -138,13 +137,7 @@ def train_run(
         UserError: a setting cannot be used, or by its plan the run does not fit ``limits`` or this machine.
     """
     resolve_device(config.training.device)  # before anything is written
-    labelled = [name for name in config.training.objectives if name not in text_objectives()]
-    if labelled:
-        raise UserError(
-            f"training.progressive.training_objective: {labelled[0]!r} takes its targets from a data loader, in Python "
-            f"(ProgressiveTrainer, ArchitectureTrainer); allowed here: {', '.join(text_objectives())}"
-        )
-    config = resolve_family(config)
+    config = resolved(config)
     RunDir(out).refuse_if_taken()
     guard = Guard(config, out, limits)
     guard.plan()
@@ -220,8 +213,8 @@ def write_untrained_run(
         CheckpointStore(run.checkpoints).save(0, parts, state)
 
 
-def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None, reporter: Reporter) -> PreparedData:
-    """The tokens that ``config`` names, by the tokenizer that the run keeps, if it has one yet.
+def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None, reporter: Reporter) -> RunData:
+    """The text or the rows that ``config`` names, by the tokenizer that the run keeps, if it has one yet.
 
     Raises:
         UserError: they are not those that ``checkpoint`` was trained on, or cannot be read.
@@ -229,15 +222,30 @@ def run_data(run: RunDir, config: StackWiseConfig, checkpoint: Checkpoint | None
     tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.exists() else None
     if checkpoint is not None and tokenizer is not None:
         check_tokenizer(checkpoint, tokenizer, run.tokenizer)
-    data = prepare(
-        config.data,
-        need_mask=config.training.needs_mask,
-        progress=reporter.work,
-        tokenizer=tokenizer,
-        check_key=None if checkpoint is None else partial(check_data, checkpoint, config),
-    )
+    data: RunData
+    if CORPORA[config.data.source].labelled:
+        names = config.training.classification.names
+        memo = cache_root(config.data.cache_dir) / "hashes"
+        seq_len = config.training.seq_len
+        data = Rows(
+            prepare_labelled(
+                config.data, seq_len, names=names, memo=memo, progress=reporter.work, tokenizer=tokenizer
+            ),
+            config,
+        )  # fmt: skip
+    else:
+        data = Text(
+            prepare(
+                config.data,
+                need_mask=config.training.needs_mask,
+                progress=reporter.work,
+                tokenizer=tokenizer,
+                check_key=None if checkpoint is None else partial(check_data, checkpoint, config),
+            ),
+            config,
+        )
     if checkpoint is not None:
-        check_data(checkpoint, config, data.key, data.sha256)
+        check_data(checkpoint, config, data.prepared.key, data.prepared.sha256)
     return data
 
 
@@ -272,12 +280,9 @@ def _train(
     course: Course, checkpoint: Checkpoint | None, reporter: Reporter, callbacks: Callbacks, guard: Guard
 ) -> dict[str, Any]:
     run, config, training = course.run, course.config, course.config.training
-    data = run_data(run, config, checkpoint, reporter)
-    reporter.note(
-        f"data: {len(data.train):,} training and {len(data.validation):,} validation tokens "
-        f"({data.bytes_per_token:.2f} bytes each) of {count(data.n_documents, 'document')}, split by {data.split}, "
-        f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})"
-    )
+    found = run_data(run, config, checkpoint, reporter)
+    data = found.prepared
+    reporter.note(f"data: {found.described()}")
     objectives = create_objectives(config, data.tokenizer)
     if not run.tokenizer.exists():
         data.tokenizer.save(run.tokenizer)
@@ -287,12 +292,12 @@ def _train(
                 f"the tokenizer had no mask token, which {masks} needs: one is added, with the id "
                 f"{data.tokenizer.mask_id}, and a row to the embedding"
             )
-    loader = ProgressiveDataLoader(data.train, config)
+    source = found.source(objectives[training.objective])
     initial = initial_checkpoint(config)
     planned = guard.plan(_vocab_size(config, data.tokenizer), course.given(guard.present))
     course.check(planned.phases)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
-        check_scorable(objectives[name].during(noise), data.validation, **windows_of(training))
+        found.check(objectives[name].during(noise))
     stop_if_asked()
     if planned.device.type == "cpu" and config.tight_allocator:
         return_freed_memory()
@@ -309,11 +314,11 @@ def _train(
         reporter.note(f"going on from the checkpoint of step {checkpoint.step}")
 
     def score(rack: Rack, objective: Objective) -> Validation:
-        return validate_run(rack, config, data, planned.compute_dtype, objective)
+        return found.score(rack, objective, planned.compute_dtype)
 
     about = {"fingerprint": run_fingerprint(config, data), **identity(config, data.tokenizer, data)}
     loop = create_loop(
-        config, rack, planned, TokenSource(loader, objectives[training.objective]), objectives, reporter, memory,
+        config, rack, planned, source, objectives, reporter, memory,
         validate=score, run=run, identity=about, checkpoint=checkpoint, callbacks=callbacks,
     )  # fmt: skip
     course.take(loop.state, planned.phases, reporter)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.config.base import StackWiseConfig, dotted, why_fixed
+from stackwise.data.labelled import LabelledData
 from stackwise.data.store import PreparedData
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
@@ -22,13 +23,15 @@ _FREE = ("device", "cpu_allocator", "logging", "checkpoint")
 """Settings of ``training`` that decide nothing of what is computed."""
 
 
-def run_fingerprint(config: StackWiseConfig, data: PreparedData) -> str:
+def run_fingerprint(config: StackWiseConfig, data: PreparedData | LabelledData) -> str:
     """A hash of the data, its bytes included, and of every setting that decides what the run computes throughout."""
     settings = {key: value for key, value in _settings(config).items() if why_fixed(key) is not None}
     return hashlib.sha256(json.dumps([settings, data.key, data.sha256], sort_keys=True).encode()).hexdigest()
 
 
-def identity(config: StackWiseConfig, tokenizer: Tokenizer | None, data: PreparedData | None) -> dict[str, Any]:
+def identity(
+    config: StackWiseConfig, tokenizer: Tokenizer | None, data: PreparedData | LabelledData | None
+) -> dict[str, Any]:
     """What a checkpoint keeps of its run, as JSON; ``data`` is None for weights that were not trained here."""
     text = None if data is None else {"key": data.key, "sha256": data.sha256}
     return {"config": _settings(config), "tokenizer": tokenizer and tokenizer.fingerprint, "data": text}

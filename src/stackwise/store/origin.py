@@ -60,7 +60,10 @@ def _named(config: StackWiseConfig) -> dict[str, list[str]]:
         "model.initial": config.model.initial,
         "model.tokenizer_embedding.family": embedding.family,
     }
-    return {"data.path": paths, **{key: [] if value is None else [value] for key, value in one.items()}}
+    named = {"data.path": paths, **{key: [] if value is None else [value] for key, value in one.items()}}
+    if (more := data.validation_path) is not None:
+        named["data.validation_path"] = [more] if isinstance(more, str) else list(more)
+    return named
 
 
 def _is_inside(folder: Path, name: str) -> bool:

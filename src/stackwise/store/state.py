@@ -142,7 +142,7 @@ class _Validation(BaseModel):
     model_config = _TOLERANT
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float | None
 
 

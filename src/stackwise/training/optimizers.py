@@ -21,6 +21,22 @@ def trained_parameters(rack: Rack) -> dict[str, nn.Parameter]:
     return {f"{part}/{name}": p for part, name, p in rack.part_parameters() if p.requires_grad}
 
 
+def heights(rack: Rack) -> dict[str, int]:
+    """How far below the head each parameter is, in Blocks: norm and head 0, the last Block 1, … the embedding last."""
+    first, blocks = {}, 0
+    for stack in rack.stacks:
+        first[f"{stack.stack_id}"] = blocks
+        blocks += len(stack.blocks)
+    found = {}
+    for part, name, _ in rack.part_parameters():
+        kind, _, stack_id = part.partition(".")
+        if kind in ("stack", "adapters"):
+            found[f"{part}/{name}"] = blocks - first[stack_id] - int(name.split(".")[1])  # blocks.<index>.…
+        else:
+            found[f"{part}/{name}"] = blocks + 1 if kind == "embedding" else 0
+    return found
+
+
 def moments_of(optimizer: AnyOptimizer, parameters: Mapping[str, nn.Parameter]) -> Moments:
     """The state of each named parameter that has one."""
     return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,12 @@ from stackwise.errors import UserError
 from stackwise.objectives.base import Example, Objective
 from stackwise.ops.losses import IGNORE
 from stackwise.randomness import seed_of
+
+_LABELS = {
+    "positions": "the target of each position",
+    "classes": "the class of each sequence",
+    "numbers": "the number of each sequence",
+}
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -49,25 +55,38 @@ class ProgressiveDataLoader:
             step += 1
 
 
-class TokenSource:
-    """The objective's view of a ``ProgressiveDataLoader``."""
+class Steps(Protocol):
+    """Batches that are a function of the step."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
+class BatchSource:
+    """The objective's view of batches that are a function of the step."""
 
     repeatable = True
 
-    def __init__(self, loader: ProgressiveDataLoader, objective: Objective) -> None:
+    def __init__(self, loader: Steps, objective: Objective) -> None:
+        self._loader, self._objective = loader, objective
+
+    def during(self, objective: Objective) -> Self:
+        """The same batches as another objective sees them."""
+        return type(self)(self._loader, objective)
+
+    def example(self, step: int) -> Example:
+        return self._objective.corrupt(self._loader.batch(step))
+
+
+class TokenSource(BatchSource):
+    """The objective's view of a ``ProgressiveDataLoader``."""
+
+    def __init__(self, loader: Steps, objective: Objective) -> None:
         if objective.labels != "inputs":
             raise UserError(
                 f"the objective {objective.name} needs labels, which a token array does not have; "
                 "give batches with labels"
             )
-        self._loader, self._objective = loader, objective
-
-    def during(self, objective: Objective) -> TokenSource:
-        """The same batches as another objective sees them."""
-        return TokenSource(self._loader, objective)
-
-    def example(self, step: int) -> Example:
-        return self._objective.corrupt(self._loader.batch(step))
+        super().__init__(loader, objective)
 
 
 class IterableSource:
@@ -76,7 +95,7 @@ class IterableSource:
     A batch is a tensor of ids, a pair (input_ids, labels) or a mapping with ``input_ids`` and, if any,
     ``attention_mask`` and ``labels``, all (B, T). Labels are the inputs themselves, −100 where nothing counts; they are
     shifted here. With the objective custom they are each position's own target, and nothing is shifted; with
-    classification, (B,), the class of each sequence. Padded positions never count.
+    classification, (B,), the class of each sequence, with regression its number. Padded positions never count.
 
     A run that is resumed reads the batches of the steps before once more and drops them, each with torch's generator
     seeded as in its step: what ``batches`` draws from that generator (the order, augmentation) is then the same again.
@@ -117,12 +136,12 @@ class IterableSource:
         B = len(ids)
         kind = self._objective.labels
         if kind != "inputs":
-            wanted = (B,) if kind == "sequences" else tuple(ids.shape)
+            wanted = tuple(ids.shape) if kind == "positions" else (B,)
             if labels is None or tuple(labels.shape) != wanted:
-                what = "the class of each sequence" if kind == "sequences" else "the target of each position"
+                what = _LABELS[kind]
                 found = "" if labels is None else f", {wanted}, not {tuple(labels.shape)}"
                 raise UserError(f"the objective {self._objective.name} needs batches with labels: {what}{found}")
-            if labels.is_floating_point():
+            if labels.is_floating_point() and kind != "numbers":
                 raise UserError(f"labels are {labels.dtype}; the objective {self._objective.name} takes whole numbers")
         elif labels is not None and bool(((labels != IGNORE) & (labels != ids)).any()):
             raise UserError(
@@ -135,10 +154,12 @@ class IterableSource:
         self._sample += B
         # One more column, so that the objective sees T inputs; nothing in it counts.
         tokens = torch.cat((ids, ids[:, :1]), dim=1).numpy()
-        given = labels.long().numpy() if kind != "inputs" and labels is not None else None
+        given = None
+        if kind != "inputs" and labels is not None:
+            given = labels.float().numpy() if kind == "numbers" else labels.long().numpy()
         example = self._objective.corrupt(Batch(tokens, sample, np.full(B, self._epoch), given))
         reading = replace(example.reading, attention_mask=None if mask is None else real)
-        if kind == "sequences":
+        if kind in ("classes", "numbers"):
             return replace(example, reading=reading)
         if example.counted is not None:
             if mask is not None or bool((~counts).any()):

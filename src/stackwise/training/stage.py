@@ -26,6 +26,7 @@ from stackwise.training.offload import Offload
 from stackwise.training.optimizers import (
     AnyOptimizer,
     Moments,
+    heights,
     moments_for_phase,
     moments_of,
     moments_to_keep,
@@ -159,14 +160,15 @@ class Stage:
     def _make_optimizer(self, stack: ExitStack) -> None:
         """The optimizer, with its moments: those of the checkpoint, or what the phase keeps of those before it."""
         training, context = self.context.config.training, self.context
+        rates = heights(context.rack)
         self.in_backward: InBackward | None = None
         self.optimizer: AnyOptimizer
         if training.optimizer.in_backward:
-            self.in_backward = InBackward(self.parameters, training.optimizer, training.seed)
+            self.in_backward = InBackward(self.parameters, training.optimizer, training.seed, rates)
             stack.callback(self.in_backward.close)
             self.optimizer = self.in_backward.optimizer
         else:
-            self.optimizer = create_optimizer(self.parameters, training.optimizer, training.seed)
+            self.optimizer = create_optimizer(self.parameters, training.optimizer, training.seed, rates)
         resumed = self._state.phase_step > 0
         moments = context.moments if resumed else moments_for_phase(self.phase, context.moments, self.parameters)
         set_moments(self.optimizer, self.parameters, moments)

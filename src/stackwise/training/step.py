@@ -38,7 +38,7 @@ def take_step(stage: Stage, state: RunState) -> Step:
     training = stage.context.config.training
     lr = training.optimizer.lr * lr_ratio(stage.phase.schedule, state.phase_step)
     for group in stage.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
     seed_step(training.seed, state.step)
     example = stage.examples.next()
     count = example.n_targets  # before it moves to the device, which would have to be waited for
