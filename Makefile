@@ -65,8 +65,8 @@ docs: $(VENV)/.stamp-docs
 dist: $(VENV)/.stamp-dev
 	$(BIN)/python -m hatchling build -t sdist -t wheel
 
-picture: $(VENV)/.stamp-report
-	$(BIN)/python -m stackwise.report.picture $(OUT) docs/demo.svg
+picture: $(VENV)/.stamp-core
+	$(BIN)/stackwise report $(OUT) --out docs/demo.svg
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist docs/_build
@@ -85,10 +85,6 @@ $(VENV)/.stamp-core: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	$(INSTALL) -e '.[test,lint]'
-	@touch $(VENV)/.stamp-core $@
-
-$(VENV)/.stamp-report: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(INSTALL) -e '.[report]'
 	@touch $(VENV)/.stamp-core $@
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt

@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=1.49e13)
     parser.add_argument("--only", help="names of runs, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file, and keep those that it has")
-    parser.add_argument("--picture", type=Path, help="draw bits per byte against K (extra: report)")
+    parser.add_argument("--picture", type=Path, help="draw bits per byte against K (needs matplotlib)")
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder (default: they are deleted)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="run one, in this process, and print JSON")
     options = parser.parse_args()

@@ -129,7 +129,7 @@ def test_the_commands_of_recipes_run_as_printed(
 ) -> None:
     (block,) = [b for b in blocks("") if "stackwise recipes" in b]
     commands = [shlex.split(line, comments=True)[1:] for line in block.strip().splitlines()]
-    assert [c[0] for c in commands] == ["recipes", "train", "compare", "plan", "train"]
+    assert [c[0] for c in commands] == ["recipes", "train", "compare", "report", "plan", "train"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "cache"))
     for name in ("mybook.txt", "shakespeare.txt"):
@@ -141,8 +141,8 @@ def test_the_commands_of_recipes_run_as_printed(
     assert main(["init", "config.yaml", "--preset", "characters"]) == 0
     less = {
         1: [*SMALL, "training.max_steps=8"],
-        2: [*SMALL, "model.n_kv_heads=2", "training.max_flops=1e8"],
-        4: [
+        2: [*SMALL, "model.n_kv_heads=2", "training.max_flops=1e8", "--seeds=1"],
+        5: [
             *SMALL,
             "model.architecture.n_stacks=3",
             "data.source=files",
@@ -151,10 +151,11 @@ def test_the_commands_of_recipes_run_as_printed(
         ],
     }
     for i, command in enumerate(commands):
-        assert main([*command, *less.get(i, []), *(["training.device=cpu"] if command[0] != "recipes" else [])]) == 0
+        device = [] if command[0] in ("recipes", "report") else ["training.device=cpu"]
+        assert main([*command, *less.get(i, []), *device]) == 0
         out = capsys.readouterr().out
-        assert i != 2 or all(name in out for name in ("end-to-end", "grown", "append-frozen", "every phase fell"))
-        assert i != 3 or "of 6.0 GiB, fits" in out
+        assert i != 2 or all(name in out for name in ("end-to-end", "grown", "append-frozen", "FLOPs of training use"))
+        assert i != 4 or "of 6.0 GiB, fits" in out
     assert Path("runs/one-billion/summary.json").exists()
 
 

@@ -15,7 +15,7 @@ _LIES_IN = {
     "embed": "stackwise.evaluation.embed",
     "evaluate": "stackwise.evaluation.evaluate",
     "generate": "stackwise.runs.functions",
-    "load": "stackwise.runs.run",
+    "load": "stackwise.report.notebook",
     "plan": "stackwise.runs.functions",
     "resume": "stackwise.runs.functions",
     "train": "stackwise.runs.functions",

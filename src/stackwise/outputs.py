@@ -290,17 +290,60 @@ class ComparedPhase(PhaseSummary):
     fell: Annotated[bool, Field(description="Whether its validation loss ends below that of the phase before")]
 
 
-class Compared(_Record):
-    """A run of ``stackwise compare --json``, which prints a list of them."""
+class ComparedRun(_Record):
+    """A run of a comparison."""
 
-    recipe: str
+    seed: int
+    run: Annotated[
+        str, Field(pattern=r"^[\w.-]*\w$", max_length=200, description="Its folder in that of the comparison")
+    ]
     validation: Score
     nelbo: NotRequired[Nelbo]
     tokens: int
     flops: float
     wall_seconds: float
     peak_memory_bytes: Bytes | None
+    weights_sha256: str
     phases: list[ComparedPhase]
+
+
+class Spread(_Record):
+    """Mean and deviation over seeds; null where runs have no such number."""
+
+    mean: float | None
+    deviation: Annotated[float | None, Field(description="Of the sample (n - 1); null for one seed")]
+
+
+class KnownSpread(_Record):
+    """Mean and deviation of what every run has."""
+
+    mean: float
+    deviation: float | None
+
+
+class ComparedRecipe(_Record):
+    """A recipe and its runs."""
+
+    recipe: str
+    loss: KnownSpread
+    bits_per_byte: Spread
+    peak_memory_bytes: Spread
+    wall_seconds: KnownSpread
+    flops: KnownSpread
+    flops_by_kind: Annotated[dict[str, Annotated[float, Field(ge=0.0)]], Field(min_length=1)]
+    runs: Annotated[list[ComparedRun], Field(min_length=1)]
+    ties: Annotated[list[str], Field(description="Recipes that differ by no more than the deviation over seeds")]
+
+
+class Compared(_Record):
+    """``stackwise compare --json``, and ``compare.json`` in its folder."""
+
+    budget_flops: Annotated[float, Field(description="That each run may take")]
+    seeds: list[int]
+    measure: Annotated[Literal["bits_per_byte", "loss"], Field(description="By which recipes are ranked")]
+    bound: Annotated[bool, Field(description="Whether that measure is an upper bound")]
+    recipes: Annotated[list[ComparedRecipe], Field(min_length=1, description="Best first")]
+    verdict: Annotated[str, Field(description="Which recipe to use under which memory, in a sentence")]
 
 
 class Generated(_Record):

@@ -68,3 +68,13 @@ def duration(seconds: float | None) -> str:
 def count(n: int, noun: str, plural: str | None = None) -> str:
     """``1 step``, ``3,000 steps``."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def size_unit(n_bytes: float) -> tuple[str, float]:
+    """The unit that ``size`` writes ``n_bytes`` in, and its bytes."""
+    scale = 1.0
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 * scale:
+            return unit, scale
+        scale *= 1024
+    return "TiB", scale

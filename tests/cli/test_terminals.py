@@ -10,7 +10,6 @@ import pytest
 
 from stackwise.cli import results
 from stackwise.cli.main import main
-from stackwise.runs import compare
 
 PHASE = {
     "name": "stack 2, from the cache", "stack": 2, "steps": 1200, "tokens": 4915200, "flops": 1.234e15,
@@ -69,17 +68,3 @@ def test_the_table_of_a_plan(columns: int, tmp_path: Path, capsys: pytest.Captur
     assert any(line.startswith("of that, validation: 3 times, at most ") for line in shown)
     recipes = next(i for i, line in enumerate(shown) if line.startswith("recipe"))
     assert "no: device memory" in shown[recipes + 1] and len(shown[recipes + 1].rstrip()) <= columns
-
-
-def test_the_table_of_a_comparison(
-    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = ("validation", "tokens", "flops", "wall_seconds", "peak_memory_bytes")
-    phases = [{**PHASE, "fell": True}] * 3
-    row = {"recipe": "end-to-end-checkpointed", **{key: SUMMARY[key] for key in kept}, "phases": phases}
-    monkeypatch.setattr(compare, "compare_recipes", lambda *_: [row, row])
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    assert main(["compare", str(tmp_path / "c.yaml"), "--recipes", "grown", "--out", str(tmp_path / "out")]) == 0
-    found = next(line for line in lines(capsys.readouterr().out, columns) if line.startswith("end-to-end-checkpointed"))
-    assert "1.3579" in found and "1.1 GiB" in found
-    assert found.endswith("yes") == (columns == 120)

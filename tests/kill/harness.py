@@ -255,7 +255,7 @@ def outcome(kind: str, work: Path) -> dict[str, Any]:
         files = sorted(path for path in out.rglob("*") if path.is_file())
         result["files"] = {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
         return result
-    runs = [out / "append-frozen", out / "end-to-end"] if kind == "compare" else [out]
+    runs = [out / "append-frozen-seed-0", out / "end-to-end-seed-0"] if kind == "compare" else [out]
     return result | {"runs": [outcome_of_run(run) for run in runs]}
 
 

@@ -417,8 +417,8 @@ def test_recipes_compare_with_diffusion(folder, tmp_path, capsys):
     file.write_text(settings.to_yaml())
     recipes = "end-to-end,grown,append-frozen,stackwise"
     assert main(["compare", str(file), "--recipes", recipes, "--out", str(tmp_path / "all"), "--json"]) == 0
-    runs = json.loads(capsys.readouterr().out)
-    assert [run["recipe"] for run in runs] == recipes.split(",")
-    for run in runs:
+    result = json.loads(capsys.readouterr().out)
+    assert result["bound"] and {row["recipe"] for row in result["recipes"]} == set(recipes.split(","))
+    for run in (run for row in result["recipes"] for run in row["runs"]):
         assert run["nelbo"]["standard_error"] > 0 and run["validation"]["bits_per_byte"] > 0
         assert run["flops"] == pytest.approx(4e8, rel=0.1)

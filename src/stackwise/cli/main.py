@@ -42,6 +42,7 @@ from stackwise.cli import (
     migrate,
     plan,
     recipes,
+    report,
     resume,
     train,
 )
@@ -86,6 +87,7 @@ app.command(short_help="Train a run further on labelled texts.")(finetune.finetu
 app.command(short_help="Show what a run will take, before anything runs.")(plan.plan)
 app.command(short_help="Train by several recipes at equal FLOPs, side by side.")(compare.compare)
 app.command(short_help="List the named ways to train.")(recipes.recipes)
+app.command(short_help="Write what became of a run as one HTML file.")(report.report)
 app.command("eval")(eval.evaluate)
 app.command(short_help="Write texts as vectors.")(embed.embed)
 app.command()(generate.generate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stackwise.data.labelled import LabelledData
 from stackwise.data.store import PreparedData
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.errors import UserError
+from stackwise.kinds import CORPORA
 from stackwise.store.checkpoints import Checkpoint
 from stackwise.store.rundir import RunDir
 
@@ -56,8 +58,8 @@ def check_config(checkpoint: Checkpoint, config: StackWiseConfig, file: Path) ->
 
 
 def check_same_run(run: RunDir, config: StackWiseConfig) -> None:
-    """UserError that names the first setting in which ``config`` is not that of ``run``."""
-    there, here = _all_settings(StackWiseConfig.from_yaml(run.config)), _all_settings(config)
+    """UserError that names the first setting in which ``config`` means something else than that of ``run``."""
+    there, here = _meant(StackWiseConfig.from_yaml(run.config)), _meant(config)
     for key in sorted(there):
         if there[key] != here[key]:
             raise UserError(
@@ -108,6 +110,26 @@ def _all_settings(config: StackWiseConfig) -> dict[str, Any]:
         settings["training"].pop(key)
     del settings["data"]["cache_dir"]
     return dotted(settings)
+
+
+def _meant(config: StackWiseConfig) -> dict[str, Any]:
+    """``_all_settings`` in one spelling: what is left to its default has its value, paths are absolute."""
+    model, training, paths = config.model, config.training, config.data.path
+    stacks, (unit, amount) = range(config.target_stacks), training.budget
+    if CORPORA[config.data.source].path_takes == "paths":
+        paths = tuple(os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths or ()))
+    return _all_settings(config) | {
+        "model.head_dim": model.head_size,
+        "model.n_kv_heads": model.kv_heads,
+        "model.d_ff": model.ff_width,
+        "model.norm_bias": model.norm_has_bias,
+        "model.initial": model.initial and os.path.abspath(model.initial),
+        "model.architecture.blocks_per_stack": [model.architecture.blocks_of(k) for k in stacks],
+        "training.progressive.target_stacks": len(stacks),
+        "training.micro_batch_size": training.micro_batch_size or training.batch_size,
+        f"training.max_{unit}": amount,
+        "data.path": paths,
+    }
 
 
 def _fingerprint(config: StackWiseConfig, data: object) -> str:
