@@ -118,8 +118,16 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoints", "checkpoints/objects", "cache", f"cache/boundary-1-{'b' * 16}", "tokenizer", "tensorboard"],
-)
+    [
+        "checkpoints",
+        "checkpoints/objects",
+        "cache",
+        f"cache/boundary-1-{'b' * 16}",
+        "tokenizer",
+        "tensorboard",
+        "wandb",
+    ],
+)  # fmt: skip
 def test_a_run_with_a_linked_folder_is_not_trained(name, tmp_path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

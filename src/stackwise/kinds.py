@@ -109,6 +109,17 @@ class StorageKind(Kind):
     trains: bool = False
 
 
+@dataclass(frozen=True)
+class TrackerKind(Kind):
+    """``training.logging.trackers``: a class of ``training.tracking.Tracker``.
+
+    Attributes:
+        extra: what to install it with.
+    """
+
+    extra: str = "track"
+
+
 ATTENTION_TYPES: dict[str, AttentionKind] = {
     "mha": AttentionKind("model.attention.projections:FullProjections"),
     "mla": AttentionKind("model.attention.projections:latent", latent=True),
@@ -170,4 +181,10 @@ STORAGES: dict[str, StorageKind] = {
     "int8": StorageKind("ops.storage:Int8"),
     "nf4": StorageKind("ops.storage:Nf4"),
     "nvfp4": StorageKind("ops.storage:Nvfp4"),
+}
+
+TRACKERS: dict[str, TrackerKind] = {
+    "tensorboard": TrackerKind("training.tracking:TensorBoard"),
+    "wandb": TrackerKind("training.tracking:WandB", extra="wandb"),
+    "trackio": TrackerKind("training.tracking:Trackio", extra="trackio"),
 }

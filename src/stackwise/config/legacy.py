@@ -40,6 +40,10 @@ def _replaced(old: Old, data: dict[str, Any], section: dict[str, Any], last: str
     if not old.loads:
         raise ConfigError(f"{old.key}: this key no longer exists; {old.why} (stackwise migrate rewrites old configs)")
     value, target = section.pop(last), data
+    if isinstance(value, str | bool) and value in old.values:
+        value = old.values[value]
+        if not value:  # what every run used to write, and the default still
+            return []
     *names, key = old.to.split(".")
     for name in names:
         target = target.setdefault(name, {}) if isinstance(target, dict) else {}

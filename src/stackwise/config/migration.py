@@ -149,7 +149,7 @@ class Work:
         for key in list(self.left):
             old, value = TABLE.get(key), self.left[key]
             if old is not None and old.to:
-                known = isinstance(value, str) and value in old.values
+                known = isinstance(value, str | bool) and value in old.values
                 self.move(key, old.to, old.values[value] if known else value)
             elif old is not None:
                 self.drop(key, old.why, differs=old.asks(value))

@@ -42,6 +42,7 @@ _BUDGET = "training.max_steps is the budget of the whole run"
 _LOADER = "batches are made from (seed, step), in the order that the seed gives"
 _TRACKING = "runs write metrics.jsonl; training.logging has the trackers"
 
+_TENSORBOARD = {True: ["tensorboard"], False: []}
 _SIZES = ("d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size")
 _ADAPTERS = {
     "qlora_enabled": "enabled", "qlora_rank": "rank", "qlora_alpha": "alpha", "qlora_dropout": "dropout",
@@ -71,6 +72,7 @@ OLD_KEYS: tuple[Old, ...] = (
     Old("training.gradient_checkpointing", "training.activation_checkpointing"),
     Old("training.gradient_clip", "training.grad_clip"),
     Old("training.log_interval", "training.logging.every_steps"),
+    Old("training.logging.tensorboard", "training.logging.trackers", _TENSORBOARD, loads=True),
     Old("training.save_interval", "training.checkpoint.every_steps"),
     Old("training.validation_interval", "training.evaluation.every_steps"),
     Old("training.progressive.new_stack_precision", "training.progressive.new_stack_precision", _PRECISIONS),

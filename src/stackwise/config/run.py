@@ -13,7 +13,7 @@ from stackwise.config.model import ModelConfig
 from stackwise.config.objectives import ClassificationConfig, DiffusionConfig, MaskingConfig, ObjectiveName
 from stackwise.config.optimization import OptimizerConfig, ScheduleConfig
 from stackwise.config.section import PositiveInt, Section, Size, as_tuple, conflict
-from stackwise.kinds import CURRICULA, OBJECTIVES, STORAGES
+from stackwise.kinds import CURRICULA, OBJECTIVES, STORAGES, TRACKERS
 
 DEFAULT_STEPS = 1000
 """Budget when none of max_steps, max_tokens and max_flops is set."""
@@ -25,8 +25,10 @@ TIGHT_FROM_WIDTH = 512
 
 if TYPE_CHECKING:
     StrategyName = str
+    TrackerName = str
 else:
     StrategyName = Literal[tuple(CURRICULA)]
+    TrackerName = Literal[tuple(TRACKERS)]
 
 
 class CheckpointConfig(Section):
@@ -66,7 +68,11 @@ class EarlyStoppingConfig(Section):
 
 class LoggingConfig(Section):
     every_steps: PositiveInt = Field(10, description="Steps between lines of metrics")
-    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra: track)")
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(as_tuple)] = Field(
+        (),
+        description="Dashboards that metrics also go to: tensorboard (RUN/tensorboard), wandb (with "
+        "WANDB_MODE=offline they stay here), trackio; each is an extra",
+    )
 
 
 class TrainingConfig(Section):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from stackwise.config.base import StackWiseConfig
+from stackwise.config.base import StackWiseConfig, dotted
 from stackwise.config.objectives import ObjectiveName
 from stackwise.errors import UserError
 from stackwise.model.architecture import Rack
@@ -25,6 +25,7 @@ from stackwise.training.placement import Placement
 from stackwise.training.progress import Reporter
 from stackwise.training.saving import Saver
 from stackwise.training.stage import Context
+from stackwise.training.tracking import open_trackers
 
 
 def create_loop(
@@ -67,7 +68,9 @@ def create_loop(
     context = Context(
         rack, config, source, objectives, placement, caching, planned.compute_dtype, validate, reporter
     )  # fmt: skip
-    saver = Saver(run, store, about, tensorboard=training.logging.tensorboard)
+    wanted = training.logging.trackers
+    trackers = open_trackers(wanted, run.path, dotted(config.to_dict())) if run is not None and wanted else []
+    saver = Saver(run, store, about, trackers)
     # Without a run nobody reads an MFU, and on a CPU the peak is measured, for half a second.
     peak = None if run is None else peak_flops(planned.device, planned.compute_dtype)
     return Loop(context, planned, saver, memory, peak, checkpoint, callbacks)

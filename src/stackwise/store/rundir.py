@@ -51,7 +51,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(child, f"{key}[{index}]")
 
 
-_FOLDERS = ("checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard")
+_FOLDERS = ("checkpoints", "checkpoints/objects", "cache", "tokenizer", "tensorboard", "wandb")
 """In which a run writes."""
 
 _FILES = r"\.origin|config\.yaml|changes\.json|metrics\.jsonl|summary\.json|tokenizer"

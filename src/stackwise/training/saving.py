@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
@@ -11,7 +11,7 @@ from stackwise.store.state import RunState
 from stackwise.store.structure import structure
 from stackwise.training.optimizers import flatten, unflatten
 from stackwise.training.stage import Context, Stage
-from stackwise.training.tracking import Tracker
+from stackwise.training.tracking import Tracker, numbers_of
 
 
 class Saver:
@@ -20,14 +20,18 @@ class Saver:
     Args:
         store: of the checkpoints of ``run``.
         identity: what checkpoints keep of the run that they belong to.
-        tensorboard: whether metrics go there too.
+        trackers: where metrics go too.
     """
 
     def __init__(
-        self, run: RunDir | None, store: CheckpointStore | None, identity: Mapping[str, Any], *, tensorboard: bool
+        self,
+        run: RunDir | None,
+        store: CheckpointStore | None,
+        identity: Mapping[str, Any],
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run, self._store, self._identity = run, store, dict(identity)
-        self._tracker = Tracker(run.path if run and tensorboard else None)
+        self._trackers = trackers
         self._unchanged: set[str] = set()
 
     @property
@@ -41,7 +45,8 @@ class Saver:
             return
         if self._run is not None:
             self._run.append_metrics(dict(metrics))
-        self._tracker.log(metrics)
+        for tracker in self._trackers:
+            tracker.log(metrics["step"], numbers_of(metrics))
 
     def changed(self, parts: set[str]) -> None:
         """Parts that were frozen have other tensors now: the next checkpoint writes them again."""
@@ -76,4 +81,5 @@ class Saver:
         return state
 
     def close(self) -> None:
-        self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
