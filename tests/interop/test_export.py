@@ -148,10 +148,13 @@ def test_remote_code_gives_the_same_logits_loss_and_tokens_without_this_package(
 
 def classifier_of(name, pooling=None):
     """A run of three classes whose Rack has the Blocks ``name``, as ``load`` gives it."""
-    section = {"classes": 3, "pooling": pooling}
+    labelled = name == "mla_attention"
+    named = {"names": ["bad", "fair", "good"]} if labelled else {}
+    data = {"source": "labelled", "path": "a.tsv", "validation_path": "b.tsv"} if labelled else {}
+    section = {"classes": 3, "pooling": pooling, **named}
     training = {"progressive": {"training_objective": "classification"}, "classification": section}
     mode = {"attention_preset": "gpt_style" if pooling is None else "bert_style"}
-    config = StackWiseConfig.from_dict({"model": {**mode, "vocab_size": V}, "training": training})
+    config = StackWiseConfig.from_dict({"model": {**mode, "vocab_size": V}, "training": training, "data": data})
     record = PhaseRecord("end to end | <b>", None, 7, tokens=91, flops=1.5e9, first_loss=1.25, last_loss=0.75)
     state = {"run": RunState(step=7, tokens=91, flops=1.5e9, records=[record]).to_dict(), "fingerprint": "0f1e2d"}
     rack = rack_of(name, attention_mode="causal" if pooling is None else "bidirectional").eval()
@@ -168,7 +171,8 @@ def test_a_causal_classifier_is_a_class_of_transformers_whose_logits_are_the_hea
     assert "| end to end b | 7 | 1.5e+09 | – | – | 1.250 | 0.750 | – | – |" in card and "<b>" not in card
     model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert model.config.num_labels == 3 and model.config.id2label[2] == "LABEL_2"
+    assert model.config.num_labels == 3
+    assert model.config.id2label[2] == ("good" if name == "mla_attention" else "LABEL_2")
     pad = run.tokenizer.pad_id
     ids = torch.where(MASK.flip(1), IDS.clamp(min=max(run.tokenizer.special_ids) + 1), pad)
     found = model(ids, attention_mask=MASK.flip(1).long()).logits

@@ -13,19 +13,18 @@ from stackwise.runs.run import LoadedRun
 
 @dataclass(frozen=True)
 class Classes:
-    """The head's first ``number`` rows read one vector for each sequence, which ``pooling`` makes."""
+    """The head's first rows, one for each of ``names``, read one vector for each sequence, which ``pooling`` makes."""
 
-    number: int
+    names: tuple[str, ...]
     pooling: Pooling
 
     def settings(self) -> dict[str, Any]:
         """Their part of ``config.json``."""
-        names = [f"LABEL_{i}" for i in range(self.number)]
         return {
             "pooling": self.pooling,
             "problem_type": "single_label_classification",
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
+            "id2label": {str(i): name for i, name in enumerate(self.names)},
+            "label2id": {name: i for i, name in enumerate(self.names)},
         }
 
 
@@ -34,4 +33,6 @@ def classes_of(run: LoadedRun) -> Classes | None:
     objective = create_objective(run.config, run.known_tokenizer)
     if not isinstance(objective, ClassificationObjective):
         return None
-    return Classes(run.config.training.classification.classes, objective.pooling)
+    settings = run.config.training.classification
+    names = settings.names or tuple(f"LABEL_{i}" for i in range(settings.classes))
+    return Classes(names, objective.pooling)

@@ -152,7 +152,9 @@ def _form_of(
         if classes is not None:
             assert family.classifier is not None
             name, entries = family.classifier, [entry for entry in entries if entry.ours != ("head.weight",)]
-            own["score"] = own["embedding.weight" if spec.tie_embeddings else "head.weight"][: classes.number].clone()
+            own["score"] = own["embedding.weight" if spec.tie_embeddings else "head.weight"][
+                : len(classes.names)
+            ].clone()
             entries.append(Entry("score.weight", ("score",)))
         settings = {"architectures": [name], "model_type": family.model_type, **about}
         return _Form(causal, name, f"AutoModel{task}", settings | family.settings(spec, max_tokens), entries, {})
