@@ -11,6 +11,9 @@ DIFFUSION = "training.progressive.training_objective=diffusion"
 DEPTH, INPUT = (f"training.progressive.time_interpretation={kind}" for kind in ("depth", "input"))
 FROZEN = "training.progressive.trunk_strategy=frozen"
 PREFIX = (DIFFUSION, DEPTH, "training.diffusion.depth_variant=prefix")
+WHEN_OPEN = (
+    "attention_preset is efficient_gqa, mla_attention, kernel_attention, mlgka or custom (attention_preset is null)"
+)
 WHEN_LATENT = "attention_preset is mla_attention, mlgka or custom (attention_preset is null)"
 WHEN_KERNEL = "attention_preset is kernel_attention, mlgka or custom (attention_preset is null)"
 WHEN_MLA = "attention_type is mla"
@@ -36,8 +39,9 @@ CASES = [
         "attention_preset is custom (attention_preset is null)", (MHA,),
     ),
     (
-        f"{CUSTOM}attention_mode=causal", "'causal'", (GAUSSIAN,),
-        "attention_preset is custom (attention_preset is kernel_attention)", (MHA,),
+        f"{CUSTOM}attention_mode=causal", "'causal'", (),
+        WHEN_OPEN,
+        (GAUSSIAN,),
     ),
     (f"{CUSTOM}mla_rq=8", "8", (), WHEN_LATENT, (MLA,)),
     (f"{CUSTOM}mla_rq=8", "8", (MHA,), WHEN_MLA, (MHA, f"{CUSTOM}attention_type=mla")),

@@ -11,7 +11,9 @@ import stackwise
 from stackwise.cli.main import main
 from stackwise.config import StackWiseConfig
 from stackwise.growth.adapters import merge_adapters
+from stackwise.runs.finetune import finetune_config
 from stackwise.runs.run import load
+from stackwise.training.progress import SilentReporter
 
 WORDS = {"pos": ("good", "fine"), "neg": ("bad", "dull")}
 
@@ -129,6 +131,17 @@ def refusal(capsys, work, *more, **files):
     assert not (work / "refused").exists()
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     return line
+
+
+@pytest.mark.parametrize("preset", ["efficient_gqa", "mlgka", "null"])
+def test_attention_keeps_the_direction_that_it_was_trained_in(work, tmp_path, preset):
+    small = ["training.max_steps=1", "training.progressive.training_objective=clm"]
+    preset = f"model.attention_preset={preset}"
+    kv = ["model.n_kv_heads=1"] if "gqa" in preset else []
+    assert run("train", work / "base.yaml", preset, *small, *kv, "--out", tmp_path / "clm") == 0
+    files = ([work / "train.tsv"], [work / "validation.tsv"])
+    config = finetune_config(tmp_path / "clm", *files, reporter=SilentReporter())
+    assert config.attention_mode == "causal" and config.training.objective == "classification"
 
 
 def test_what_cannot_be_learnt_is_refused_in_one_line_and_nothing_is_written(work, capsys):

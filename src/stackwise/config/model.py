@@ -25,13 +25,13 @@ else:
 
 
 class AttentionCustomConfig(Section):
-    """Details of attention: ranks and kernels for the presets that have them, type and mode for ``custom``."""
+    """Details of attention: ranks and kernels for the presets that have them, type for ``custom``, the direction."""
 
     attention_type: AttentionType = Field(
         "mha", description="preset custom: projections: mha (grouped when n_kv_heads < n_heads) or mla (latent)"
     )
     attention_mode: AttentionMode | None = Field(
-        None, description="preset custom: direction of attention; null: the objective's"
+        None, description="Direction of attention, of presets that leave it open; null: the objective's"
     )
     mla_rq: Size | None = Field(
         None,

@@ -37,6 +37,7 @@ def _using(setting: str) -> tuple[str, ...]:
 
 
 _LABELLED = tuple(name for name, kind in CORPORA.items() if kind.labelled)
+_OPEN = ("efficient_gqa", "mla_attention", "kernel_attention", "mlgka", "custom")
 _LATENT = ("mla_attention", "mlgka", "custom")
 _KERNEL = ("kernel_attention", "mlgka", "custom")
 _KERNELS = tuple(name for name in get_args(KernelType) if name != "linear")
@@ -48,7 +49,7 @@ ONLY_USED = (
     OnlyUsed("model.global_every", "model.window"),
     OnlyUsed("model.local_rope_theta", "model.window"),
     OnlyUsed("model.attention_custom.attention_type", "model.attention_preset", ("custom",)),
-    OnlyUsed("model.attention_custom.attention_mode", "model.attention_preset", ("custom",)),
+    OnlyUsed("model.attention_custom.attention_mode", "model.attention_preset", _OPEN),
     OnlyUsed("model.attention_custom.mla_rq", "model.attention_preset", _LATENT),
     OnlyUsed("model.attention_custom.mla_rq", "model.latents", text=_MLA),
     OnlyUsed("model.attention_custom.mla_rkv", "model.attention_preset", _LATENT),

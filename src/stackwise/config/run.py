@@ -250,9 +250,7 @@ class Settings(Section):
                 return "causal"
             case "bert_style":
                 return "bidirectional"
-            case "custom":
-                return self.model.attention_custom.attention_mode or needed
-        return needed
+        return self.model.attention_custom.attention_mode or needed
 
     @property
     def time_fields(self) -> dict[str, Any]:

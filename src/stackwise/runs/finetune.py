@@ -87,9 +87,14 @@ def finetune_config(
 def _settings(base: StackWiseConfig, directory: RunDir, objective: str, trunk: TrunkName) -> dict[str, Any]:
     """What does not depend on the rows."""
     model = base.to_dict()["model"] | {"initial": str(directory.path), "dropout": 0.1}
-    if model["attention_preset"] is None:
-        # Of its own accord attention would take the direction of the other objective.
-        model["attention_preset"] = "gpt_style" if base.attention_mode == "causal" else "bert_style"
+    # Attention that is free to would take the direction of the other objective.
+    match model["attention_preset"]:
+        case None:
+            model["attention_preset"] = "gpt_style" if base.attention_mode == "causal" else "bert_style"
+        case "gpt_style" | "bert_style":
+            pass
+        case _:
+            model["attention_custom"] = {**model["attention_custom"], "attention_mode": base.attention_mode}
     if trunk == "frozen" and not base.model.has_head:
         raise UserError(
             "--trunk: 'frozen' trains the head alone, but this model's head is its embedding (model.tie_embeddings), "
