@@ -235,6 +235,13 @@ class Plan(Totals):
     change: NotRequired[Annotated[ChangePlan | None, Field(description="Where no recipe fits as it is")]]
 
 
+class SourceScore(Score):
+    """The validation text of one source of a mixture."""
+
+    tokens: Annotated[int, Field(description="Predicted, over which the loss is the mean")]
+    nelbo: NotRequired[Annotated[Nelbo, Field(description="Where the loss is a bound")]]
+
+
 class Evaluation(Score):
     """``stackwise eval --json``."""
 
@@ -242,6 +249,7 @@ class Evaluation(Score):
     objective: str
     tokens: Annotated[int, Field(description="Predicted, over which the loss is the mean")]
     nelbo: NotRequired[Annotated[Nelbo, Field(description="Where the loss is a bound")]]
+    sources: NotRequired[Annotated[dict[str, SourceScore], Field(description="Of a mixture, each source for itself")]]
     pseudo_perplexity: NotRequired[Annotated[float, Field(description="mlm: each token masked alone")]]
     pseudo_perplexity_tokens: NotRequired[Annotated[int, Field(description="Over how many")]]
     given: Annotated[dict[str, int], Field(description="Tokens of the text that are not predicted, by kind")]

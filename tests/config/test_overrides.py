@@ -159,9 +159,9 @@ def test_two_budgets_on_the_command_line_are_refused() -> None:
             "the value of training.optimizer.betas: not valid YAML at line 1, column 3: "
             "expected ',' or ']', but got '<stream end>'",
         ),
-        ("data.n_blocks=3", "data.n_blocks: unknown key; allowed here: source, path, validation_path, columns, subset, "
-         "split, text_field, "
-         "validation_fraction, validation_split, tokenizer, cache_dir"),
+        ("data.n_blocks=3", "data.n_blocks: unknown key; allowed here: source, path, subset, "
+         "split, text_field, validation_path, columns, "
+         "validation_fraction, validation_split, tokenizer, cache_dir, sources"),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_answered_by_one_exact_line(override: str, message: str) -> None:

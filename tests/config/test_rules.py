@@ -236,7 +236,7 @@ def test_every_key_of_the_table_is_tried_here():
     tried = {setting.partition("=")[0] for setting, *_ in CASES}
     tried |= {f"training.phases[].{setting.partition(':')[0]}" for setting, *_ in ENTRIES}
     tried |= {"training.classification", "training.diffusion", "training.diffusion.weighting", "data.columns"}
-    tried |= {"training.early_stopping"}
+    tried |= {"training.early_stopping", "data.sources[].path"}  # entries of sources: tests/data/test_mixture.py
     tried -= {"training.classification.classes", "training.early_stopping.patience", "data.columns.label"}
     assert {row.key for row in ONLY_USED} == tried
-    assert len(ONLY_USED) == len(CASES) + len(ENTRIES) + 3  # two of weighting, one of groups
+    assert len(ONLY_USED) == len(CASES) + len(ENTRIES) + 4  # two of weighting, one of groups, one of sources

@@ -42,7 +42,7 @@ def evaluate(
     Scores of labels come with the 95 % interval of a bootstrap; --json adds the confusion table and the surest
     mistakes.
     """
-    from stackwise.cli.results import print_json, table
+    from stackwise.cli.results import print_json
     from stackwise.evaluation.evaluate import evaluate_run
     from stackwise.training.progress import console_reporter
 
@@ -53,10 +53,16 @@ def evaluate(
         reporter.close()
     if as_json:
         print_json(scores, "LabelScores" if "metrics" in scores else "Evaluation")
-        return
-    if "metrics" in scores:
+    elif "metrics" in scores:
         _show_labels(scores)
-        return
+    else:
+        _show_text(scores)
+
+
+def _show_text(scores: dict[str, Any]) -> None:
+    """The scores of a text."""
+    from stackwise.cli.results import table
+
     rows: list[list[str]] = []
     for name, value in scores.items():
         if name == "nelbo":
@@ -64,6 +70,13 @@ def evaluate(
         elif name == "given":
             rows += [
                 [f"given, not predicted: {part.replace('_', ' ')}", _number(number)] for part, number in value.items()
+            ]
+        elif name == "sources":
+            rows += [
+                [f"{part}: {key.replace('_', ' ')}", _number(number)]
+                for part, numbers in value.items()
+                for key, number in numbers.items()
+                if key in ("loss", "bits_per_byte")
             ]
         elif name == "curve":
             rows += [[f"nats where {rate:.0%} is masked", _number(mean)] for rate, mean, _ in value]

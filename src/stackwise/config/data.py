@@ -39,8 +39,8 @@ class ColumnsConfig(Section):
     label: str | None = Field(None, description="Column of the class or the number")
 
 
-class DataConfig(Section):
-    fixed = "the batch of each step follows from the text and how it is read"
+class SourceConfig(Section):
+    """Where text comes from."""
 
     source: SourceName = Field(
         "python-stdlib",
@@ -53,13 +53,37 @@ class DataConfig(Section):
         description="files: a file, folder, glob or list (text, .jsonl, .parquet); labelled: the training rows, in "
         ".tsv, .csv, .jsonl or .parquet; huggingface: the name of the data set",
     )
+    subset: str | None = Field(None, description="huggingface: configuration of the data set")
+    split: str = Field("train", description="huggingface: split to read")
+    text_field: str = Field("text", description="Field of .jsonl and .parquet records that holds the text")
+
+    @model_validator(mode="after")
+    def _has_its_path(self) -> Self:
+        takes = CORPORA[self.source].path_takes
+        if takes is not None and not self.path:
+            raise conflict("path", f"must be set when source is {self.source}")
+        if takes == "name" and not isinstance(self.path, str):
+            raise conflict(
+                "path", f"{list(self.path or ())!r} must be the name of one data set when source is {self.source}"
+            )
+        return self
+
+
+class MixedSource(SourceConfig):
+    """One source of a mixture."""
+
+    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        1, description="Its sequences in each round: 3 beside 1 is three quarters of all sequences"
+    )
+
+
+class DataConfig(SourceConfig):
+    fixed = "the batch of each step follows from the text and how it is read"
+
     validation_path: str | Annotated[tuple[str, ...], BeforeValidator(as_tuple)] | None = Field(
         None, description="labelled: the validation rows; null: validation_fraction of the rows, chosen by content"
     )
     columns: ColumnsConfig = ColumnsConfig()
-    subset: str | None = Field(None, description="huggingface: configuration of the data set")
-    split: str = Field("train", description="huggingface: split to read")
-    text_field: str = Field("text", description="Field of .jsonl and .parquet records that holds the text")
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="Share of the text kept for validation"
     )
@@ -73,15 +97,24 @@ class DataConfig(Section):
         None, description="Folder of token stores; null: $STACKWISE_CACHE, else ~/.cache/stackwise"
     )
 
+    sources: Annotated[tuple[MixedSource, ...], BeforeValidator(as_tuple)] = Field(
+        (),
+        description="A mixture in place of source and path: a list of entries with source, path, subset, split, "
+        "text_field and weight",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        takes = CORPORA[self.source].path_takes
-        if takes is not None and not self.path:
-            raise conflict("path", f"must be set when source is {self.source}")
-        if takes == "name" and not isinstance(self.path, str):
-            raise conflict(
-                "path", f"{list(self.path or ())!r} must be the name of one data set when source is {self.source}"
-            )
         if self.columns.pair is not None and self.columns.text is None:
             raise conflict("columns.pair", f"{self.columns.pair!r} is only used when columns.text is set")
+        if not self.sources:
+            return self
+        if self.path is not None or self.source != type(self).model_fields["source"].default:
+            key = "source" if self.path is None else "path"
+            raise conflict(key, f"{getattr(self, key)!r} cannot be combined with sources; move it into an entry")
+        for i, entry in enumerate(self.sources):
+            if entry.source in ("loader", "labelled"):
+                raise conflict(
+                    f"sources[{i}].source", f"{entry.source!r} has no text to mix; give files or another source"
+                )
         return self

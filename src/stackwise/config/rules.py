@@ -119,6 +119,7 @@ ONLY_USED = (
     OnlyUsed("data.validation_path", "data.source", _LABELLED),
     OnlyUsed("data.columns", "data.source", _LABELLED),
     OnlyUsed("training.classification.names", "data.source", _LABELLED),
+    OnlyUsed("data.sources[].path", "source", tuple(name for name, kind in CORPORA.items() if kind.path_takes)),
     OnlyUsed("data.tokenizer.path", "data.tokenizer.kind", ("pretrained",)),
 )
 

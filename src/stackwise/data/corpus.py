@@ -6,7 +6,7 @@ Text is kept exactly: no newline is translated, no byte order mark removed. Empt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much is done and how much there is (``None``: not known), in bytes of text."""
@@ -21,6 +21,11 @@ class Corpus(ABC):
 
     description: str
     size: int | None
+
+    @property
+    def sources(self) -> Sequence[Corpus]:
+        """What ``documents`` consists of, one after another."""
+        return (self,)
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:

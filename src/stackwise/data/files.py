@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackwise.config.data import DataConfig
+from stackwise.config.data import SourceConfig
 from stackwise.data.corpus import Corpus, Document, Progress
 from stackwise.data.records import (
     json_lines_documents,
@@ -44,7 +44,7 @@ _SETTLED_NS = 2_000_000_000
 """A file changed less than this ago may change again within the clock's tick; its hash is not remembered."""
 
 
-def files_of(config: DataConfig, memo: Path) -> FileCorpus:
+def files_of(config: SourceConfig, memo: Path) -> FileCorpus:
     """The corpus of ``data.path``: a file, a folder, a glob, or a list of them."""
     assert config.path is not None
     paths = [config.path] if isinstance(config.path, str) else list(config.path)

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stackwise.config.data import DataConfig
+from stackwise.config.data import SourceConfig
 from stackwise.data.corpus import Corpus, Document, Progress, split_text
 from stackwise.data.records import no_field, text_of
 from stackwise.errors import UserError
 
 
-def dataset_of(config: DataConfig, memo: Path) -> HuggingFaceCorpus:
+def dataset_of(config: SourceConfig, memo: Path) -> HuggingFaceCorpus:
     """The data set that ``data.path`` names."""
     assert isinstance(config.path, str)
     return HuggingFaceCorpus(config.path, config.subset, config.split, config.text_field)

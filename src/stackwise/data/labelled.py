@@ -107,7 +107,7 @@ class LabelledBatches:
     """Batches of rows, in the ``Order`` of their numbers: each is a function of (seed, step)."""
 
     def __init__(self, rows: LabelledRows, batch_size: int, seed: int) -> None:
-        self.rows, self._order = rows, Order(len(rows), batch_size, seed)
+        self.rows, self._order = rows, Order([len(rows)], batch_size, seed)
 
     def batch(self, step: int) -> Batch:
         """The batch of ``step``, from 0."""

@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from stackwise.config.data import DataConfig
+from stackwise.config.data import SourceConfig
 from stackwise.data.corpus import Document, split_text
 from stackwise.data.files import FileCorpus, SourceFile
 from stackwise.data.records import reading
@@ -17,7 +17,7 @@ from stackwise.errors import UserError
 _LIBRARY_FOLDERS_LEFT_OUT = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 
 
-def library_corpus(config: DataConfig, memo: Path) -> FileCorpus:
+def library_corpus(config: SourceConfig, memo: Path) -> FileCorpus:
     """The sources of Python's own library on this machine, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from stackwise.config.data import DataConfig
+from stackwise.config.data import SourceConfig
 from stackwise.errors import UserError
 
 
-def no_text(config: DataConfig, memo: Path) -> NoReturn:
+def no_text(config: SourceConfig, memo: Path) -> NoReturn:
     """Always raises ``UserError``."""
     raise UserError(
         f"data.source: {config.source!r}: there is no text to read, for the batches come from a data loader in Python; "

@@ -33,7 +33,7 @@ import numpy as np
 from stackwise.config.data import DataConfig
 from stackwise.data.cache import cache_root
 from stackwise.data.corpora import open_corpus
-from stackwise.data.corpus import Corpus, Progress
+from stackwise.data.corpus import Corpus, Document, Progress
 from stackwise.data.files import open_files
 from stackwise.data.tokenizers import (
     CharacterTokenizer,
@@ -93,6 +93,8 @@ class PreparedData:
     verify: Callable[[], None]
     """Waits until all arrays are compared with their hashes; RunError when one is damaged. Call it before training."""
     mask_added: bool = False
+    sources: tuple[tuple[int, int, int], ...] = ()
+    """Of each source: its training tokens, its validation tokens, and the bytes of text behind the latter."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -230,6 +232,10 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
         train_bytes, validation_bytes = map(int, meta["bytes"])
         n_documents, split = int(meta["n_documents"]), meta["split"]
         hashes = [str(digest) for digest in meta["sha256"]]
+        whole_text = [[len(train), len(validation), validation_bytes]]
+        sources = tuple((int(a), int(b), int(c)) for a, b, c in meta.get("sources", whole_text))
+        if [sum(column) for column in zip(*sources)] != whole_text[0]:
+            raise ValueError("its sources are not the whole")
         if len(hashes) != len(ARRAYS):
             raise ValueError(f"it has {len(hashes)} hashes")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -240,7 +246,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedData | None:
     whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return PreparedData(
         tokenizer, train, validation, key, whole, train_bytes, validation_bytes, n_documents, split, folder,
-        verification.result,
+        verification.result, sources=sources,
     )  # fmt: skip
 
 
@@ -268,6 +274,7 @@ def _build(
     store = scratch / "store"
     store.mkdir()
     tokens, n_bytes, hashers = [0, 0], [0, 0], [hashlib.sha256(), hashlib.sha256()]
+    sources, amounts = [[0, 0, 0] for _ in corpus.sources], [0] * len(corpus.sources)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(store / name, "wb")) for name in ARRAYS]
         for part, ids in _encode(_parts(corpus, scan, split), tokenizer):
@@ -276,12 +283,16 @@ def _build(
             hashers[part.side].update(data)
             tokens[part.side] += len(ids)
             n_bytes[part.side] += part.n_bytes
+            sources[part.source][part.side] += len(ids)
+            sources[part.source][2] += part.n_bytes * part.side
+            amounts[part.source] += part.n_bytes
             report("tokenizing", sum(n_bytes), scan.n_bytes)
     corpus.check_unchanged()
-    if not all(tokens):
-        raise UserError(
-            f"data.path: {corpus.description}: {scan.n_bytes:,} bytes of text are too few for training and validation"
-        )
+    for source, counts, amount in zip(corpus.sources, sources, amounts):
+        if not all(counts[:2]):
+            raise UserError(
+                f"data.path: {source.description}: {amount:,} bytes of text are too few for training and validation"
+            )
     meta = {
         "format": FORMAT_VERSION,
         "corpus": corpus.description,
@@ -291,6 +302,7 @@ def _build(
         "tokens": tokens,
         "sha256": [hasher.hexdigest() for hasher in hashers],
         "bytes": n_bytes,
+        "sources": sources,
         "n_documents": scan.n_documents,
         "split": split.mode,
         "validation_fraction": split.fraction,
@@ -381,11 +393,15 @@ def _choose_split(scan: _Scan, config: DataConfig) -> _Split:
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a document on one side (0 training, 1 validation); ``last``: the document ends there on that side."""
+    """A piece of a document on one side (0 training, 1 validation); ``last``: the document ends there on that side.
+
+    ``source``: which of the corpus' sources it is of.
+    """
 
     side: int
     text: str
     last: bool
+    source: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -395,7 +411,7 @@ class _Part:
 def _parts(corpus: Corpus, scan: _Scan, split: _Split) -> Iterator[_Part]:
     changed = f"{corpus.description}: the text changed while it was read; start again"
     with open(scan.file, "rb") as records:
-        for document in corpus.documents():
+        for number, document in _numbered(corpus):
             record = records.read(_RECORD.size)
             if len(record) < _RECORD.size:
                 raise RunError(changed)
@@ -405,14 +421,19 @@ def _parts(corpus: Corpus, scan: _Scan, split: _Split) -> Iterator[_Part]:
             for piece in document:
                 end = start + len(piece)
                 if start < cut:
-                    yield _Part(0, piece[: cut - start], end >= cut)
+                    yield _Part(0, piece[: cut - start], end >= cut, number)
                 if end > cut:
-                    yield _Part(1, piece[max(0, cut - start) :], end >= n_characters)
+                    yield _Part(1, piece[max(0, cut - start) :], end >= n_characters, number)
                 start = end
             if start != n_characters:
                 raise RunError(changed)
         if records.read(1):
             raise RunError(changed)
+
+
+def _numbered(corpus: Corpus) -> Iterator[tuple[int, Document]]:
+    """The documents with the number of the source that they are of."""
+    return ((number, document) for number, source in enumerate(corpus.sources) for document in source.documents())
 
 
 def _training_sample(parts: Iterator[_Part], total: int, report: Progress) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from stackwise.config.base import StackWiseConfig
 from stackwise.data.labelled import LabelledCorpus, LabelledData, encode_rows, validation_rows
 from stackwise.data.store import PreparedData, encode_files
 from stackwise.errors import UserError
@@ -69,14 +71,21 @@ def evaluate_run(
             raise UserError(f"--data: {', '.join(map(str, data))}: contains no text")
         scores = _evaluate_text(loaded, tokens, n_bytes / len(tokens), reporter, context_stride)
     else:
-        scores = _evaluate_text(loaded, *_own_text(Path(path), loaded, reporter, trust_paths), reporter, context_stride)
+        own = _own_text(Path(path), loaded, reporter, trust_paths)
+        parts = _by_source(own, loaded.config)
+        scores = _evaluate_text(loaded, own.validation, own.bytes_per_token, reporter, context_stride, parts)
     return {"step": loaded.step, "objective": objective, **scores}
 
 
 def _evaluate_text(
-    loaded: LoadedRun, tokens: np.ndarray, bytes_per_token: float, reporter: Reporter, context_stride: int | None
+    loaded: LoadedRun,
+    tokens: np.ndarray,
+    bytes_per_token: float,
+    reporter: Reporter,
+    context_stride: int | None,
+    parts: Mapping[str, tuple[np.ndarray, float]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The scores of a text, and its entropies."""
+    """The scores of a text, and its entropies; of ``parts`` (tokens, bytes of one), by name, the scores alone."""
     config, tokenizer, training = loaded.config, loaded.tokenizer, loaded.config.training
     device = resolve_device(training.device)
     objective, seq_len = create_objective(config, tokenizer), min(training.seq_len, len(tokens) - 1)
@@ -86,18 +95,26 @@ def _evaluate_text(
     def progress(done: int, total: int) -> None:
         reporter.work("scoring", done, total)
 
-    if context_stride is None:
-        result = validate(
-            rack, objective, tokens, seq_len=seq_len, batch_size=batch_size, bytes_per_token=bytes_per_token,
-            draws=training.evaluation.draws, compute_dtype=compute_dtype, progress=progress,
-        )  # fmt: skip
-    else:
-        sliding = SlidingContext(tokens, seq_len, context_stride)
-        result = validate_samples(
+    def scored(text: np.ndarray, per_token: float, stride: int | None) -> dict[str, Any]:
+        length = min(seq_len, len(text) - 1)
+        if stride is None:
+            return validate(
+                rack, objective, text, seq_len=length, batch_size=batch_size, bytes_per_token=per_token,
+                draws=training.evaluation.draws, compute_dtype=compute_dtype, progress=progress,
+            ).to_dict()  # fmt: skip
+        sliding = SlidingContext(text, length, stride)
+        return validate_samples(
             rack, sliding, np.arange(len(sliding.starts)), sliding.windows, batch_size=batch_size,
-            bytes_per_predicted=bytes_per_token, compute_dtype=compute_dtype, progress=progress,
-        )  # fmt: skip
-    scores = result.to_dict()
+            bytes_per_predicted=per_token, compute_dtype=compute_dtype, progress=progress,
+        ).to_dict()  # fmt: skip
+
+    scores = scored(tokens, bytes_per_token, context_stride)
+    if parts:
+        # A source that is shorter than a window has one window, of which the stride is the whole.
+        scores["sources"] = {
+            name: scored(text, per_token, context_stride and min(context_stride, len(text) - 1))
+            for name, (text, per_token) in parts.items()
+        }
     if OBJECTIVES[training.objective].scores_alone:
         assert tokenizer.mask_id is not None  # the objective asked for it
         special = objective.special_ids
@@ -110,6 +127,21 @@ def _evaluate_text(
         "unigram_bits_per_byte": bits_per_byte(entropies.unigram, bytes_per_predicted),
         "bigram_bits_per_byte": bits_per_byte(entropies.bigram, bytes_per_predicted),
     }
+
+
+def _by_source(prepared: PreparedData, config: StackWiseConfig) -> dict[str, tuple[np.ndarray, float]]:
+    """Of each source of a mixture, its validation tokens and the bytes that one of them stands for."""
+    found: dict[str, tuple[np.ndarray, float]] = {}
+    if not config.data.sources:
+        return found
+    start = 0
+    for i, (entry, (_, tokens, n_bytes)) in enumerate(zip(config.data.sources, prepared.sources, strict=True)):
+        name = str(entry.path if isinstance(entry.path, str) else entry.source)
+        found[name if name not in found else f"{name} ({i})"] = (
+            prepared.validation[start : start + tokens], n_bytes / tokens,
+        )  # fmt: skip
+        start += tokens
+    return found
 
 
 def _evaluate_rows(
@@ -143,11 +175,11 @@ def _evaluate_rows(
     return {"rows": len(rows), "truncated": rows.truncated, **with_texts(scores, found)}
 
 
-def _own_text(path: Path, loaded: LoadedRun, reporter: Reporter, trust_paths: bool) -> tuple[np.ndarray, float]:
-    """The tokens of the run's validation text, and the bytes that one of them stands for."""
+def _own_text(path: Path, loaded: LoadedRun, reporter: Reporter, trust_paths: bool) -> PreparedData:
+    """The text that the run is validated on."""
     prepared = _own(path, loaded, reporter, trust_paths)
     assert isinstance(prepared, PreparedData)
-    return prepared.validation, prepared.bytes_per_token
+    return prepared
 
 
 def _own(path: Path, loaded: LoadedRun, reporter: Reporter, trust_paths: bool) -> PreparedData | LabelledData:

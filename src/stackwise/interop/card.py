@@ -96,9 +96,12 @@ def _training(run: LoadedRun, vocab_size: int) -> list[str]:
 
 def _data(config: StackWiseConfig) -> str:
     """The source of the text and the names of its files, without the folders of this machine."""
-    paths = config.data.path if isinstance(config.data.path, tuple) else (config.data.path or "",)
-    shown = [path if config.data.source == "huggingface" else Path(path).name for path in paths if path]
-    return f"{config.data.source} {', '.join(shown)}".strip()
+    named = []
+    for entry in config.data.sources or (config.data,):
+        paths = entry.path if isinstance(entry.path, tuple) else (entry.path or "",)
+        shown = [path if entry.source == "huggingface" else Path(path).name for path in paths if path]
+        named.append(f"{entry.source} {', '.join(shown)}".strip())
+    return " + ".join(named)
 
 
 def _phases(config: StackWiseConfig, records: list[PhaseRecord], vocab_size: int) -> list[str]:

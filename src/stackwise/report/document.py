@@ -108,8 +108,11 @@ def _state(facts: Facts) -> str:
 
 
 def _text(config: StackWiseConfig) -> str:
-    path = config.data.path
-    return config.data.source if path is None else path if isinstance(path, str) else ", ".join(path)
+    entries = config.data.sources or (config.data,)
+    return " + ".join(
+        entry.source if entry.path is None else entry.path if isinstance(entry.path, str) else ", ".join(entry.path)
+        for entry in entries
+    )
 
 
 def _numbers(facts: Facts) -> list[tuple[str, str]]:

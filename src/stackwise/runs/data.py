@@ -61,7 +61,10 @@ class Text:
         )
 
     def source(self, objective: Objective) -> ExampleSource:
-        return TokenSource(ProgressiveDataLoader(self.prepared.train, self._config), objective)
+        # Of one source there is one entry too, but no weight.
+        counted = zip(self.prepared.sources, self._config.data.sources)
+        mixed = [(tokens, entry.weight) for (tokens, _, _), entry in counted]
+        return TokenSource(ProgressiveDataLoader(self.prepared.train, self._config, mixed), objective)
 
     def check(self, objective: Objective) -> None:
         check_scorable(objective, self.prepared.validation, **windows_of(self._config.training))

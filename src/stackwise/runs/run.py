@@ -42,7 +42,7 @@ from stackwise.training.callbacks import NO_CALLBACKS, Callbacks
 from stackwise.training.memory import PeakMemory, return_freed_memory
 from stackwise.training.progress import Reporter
 
-TEXT = ("data.path", "data.validation_path", "data.cache_dir")
+TEXT = ("data.path", "data.sources", "data.validation_path", "data.cache_dir")
 """Settings that name what preparing the text of a run reads and writes."""
 
 OUTSIDE = (*TEXT, "data.tokenizer.path", "model.initial", "model.tokenizer_embedding.family")

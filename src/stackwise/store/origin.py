@@ -61,8 +61,11 @@ def _named(config: StackWiseConfig) -> dict[str, list[str]]:
         "model.tokenizer_embedding.family": embedding.family,
     }
     named = {"data.path": paths, **{key: [] if value is None else [value] for key, value in one.items()}}
+    # What is not set is not named, as in runs that were signed before there was such a setting.
     if (more := data.validation_path) is not None:
         named["data.validation_path"] = [more] if isinstance(more, str) else list(more)
+    if mixed := [entry.path for entry in data.sources if entry.path is not None]:
+        named["data.sources"] = [p for path in mixed for p in ([path] if isinstance(path, str) else path)]
     return named
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -35,14 +35,15 @@ class ProgressiveDataLoader:
     Args:
         tokens: 1-D ids, in memory or memory-mapped.
         config: ``training.batch_size``, ``seq_len`` and ``seed``.
+        sources: (tokens, weight) of each source of a mixture (``Batches``).
 
     Iterating gives {"input_ids": (B, T), "labels": (B, T)} for ever, the two being equal: Hugging Face models, and
     ``IterableSource``, shift the labels themselves.
     """
 
-    def __init__(self, tokens: np.ndarray, config: StackWiseConfig) -> None:
+    def __init__(self, tokens: np.ndarray, config: StackWiseConfig, sources: Sequence[tuple[int, int]] = ()) -> None:
         training = config.training
-        self.batches = Batches(tokens, training.seq_len, training.batch_size, training.seed)
+        self.batches = Batches(tokens, training.seq_len, training.batch_size, training.seed, sources)
 
     def batch(self, step: int) -> Batch:
         return self.batches.batch(step)
