@@ -34,6 +34,8 @@ from stackwise.runs.run import write_untrained_run
 from stackwise.store.checkpoints import CheckpointStore
 from stackwise.store.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("any_record")
+
 PRECIOUS = "what the user wrote\n"
 
 

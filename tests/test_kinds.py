@@ -11,7 +11,7 @@ from stackwise.config.growth import PrecisionName
 from stackwise.config.model import AttentionType
 from stackwise.config.objectives import ObjectiveName
 from stackwise.config.optimization import OptimizerName
-from stackwise.config.run import StrategyName
+from stackwise.config.run import StrategyName, TrackerName
 from stackwise.data.corpus import Corpus
 from stackwise.errors import UserError
 from stackwise.objectives.base import CrossEntropyObjective
@@ -26,6 +26,7 @@ NAMES = {
     "OBJECTIVES": ObjectiveName,
     "OPTIMIZERS": OptimizerName,
     "STORAGES": PrecisionName,
+    "TRACKERS": TrackerName,
 }
 
 

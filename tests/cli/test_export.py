@@ -139,7 +139,8 @@ def test_a_masked_model_is_scored_as_it_is_and_goes_out_as_it_came(llama, tmp_pa
     assert main(["import", str(folder), str(run), "--stacks", "3"]) == 0
     assert main(["eval", str(run), "--data", str(tmp_path / "text.txt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(math.log(V), abs=0.3)
-    assert main(["generate", str(run), "--prompt", "bad"]) == 2
+    assert main(["generate", str(run), "--prompt", "bad", "--top-k", "3"]) == 2
+    assert main(["generate", str(run), "--template", "bad {2}"]) == 0
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     a, b = (AutoModelForMaskedLM.from_pretrained(f).state_dict() for f in (folder, tmp_path / "out"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

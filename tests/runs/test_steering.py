@@ -277,7 +277,7 @@ STEERABLE: dict[str, Any] = {
     "training.early_stopping.min_improvement": 0.1, "training.early_stopping.ends": "phase",
     "training.checkpoint.every_steps": 5, "training.checkpoint.keep_last": 1,
     "training.checkpoint.keep_phase_ends": False, "training.logging.every_steps": 2,
-    "training.logging.tensorboard": False,
+    "training.logging.trackers": [],
 }  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def test_everything_that_can_change_changes_in_a_run(run: Path) -> None:
     resume(run, STEERABLE, 10)
     (change,) = record(run)
     same = {"training.max_tokens", "training.max_flops", "training.device", "training.compile", "training.offload",
-            "training.optimizer.momentum", "training.evaluation.draws", "training.logging.tensorboard"}  # fmt: skip
+            "training.optimizer.momentum", "training.evaluation.draws", "training.logging.trackers"}  # fmt: skip
     assert {key: after for key, (_, after) in change["settings"].items()} == {
         key: value for key, value in STEERABLE.items() if key not in same
     }

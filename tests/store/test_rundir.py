@@ -15,6 +15,8 @@ from stackwise.errors import RunError, UserError
 from stackwise.files import write_text_atomic
 from stackwise.store.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("any_record")
+
 LOCKER = """
 import os, sys, time
 from stackwise.store.rundir import RunDir

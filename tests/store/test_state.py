@@ -13,6 +13,8 @@ from stackwise.store.checkpoints import CheckpointError, CheckpointStore
 from stackwise.store.rundir import RunDir
 from stackwise.store.state import RunState, load_checkpoint, read_summary
 
+pytestmark = pytest.mark.usefixtures("any_record")
+
 STATE: dict[str, Any] = {
     "fingerprint": "f",
     "stacks": [0, 2],

@@ -16,6 +16,7 @@ from stackwise.kinds import STORAGES
 from stackwise.model.architecture import create_rack_from_config
 from stackwise.model.linear import linears
 from stackwise.objectives import CausalObjective
+from stackwise.planning.flops import Flops
 from stackwise.planning.plan import Planned
 from stackwise.runs.build import create_loop
 from stackwise.store.checkpoints import CheckpointStore
@@ -128,7 +129,7 @@ CPU = torch.device("cpu")
 
 def planned(phases):
     """A step takes 3 FLOPs, and filling the cache from the boundary before 2 · 3.5."""
-    costs = [SimpleNamespace(flops=3.0, roll_flops=(3.5,) * phase.enters) for phase in phases]
+    costs = [SimpleNamespace(flops=3.0, kinds=Flops(forward=3.0), roll_flops=(3.5,) * phase.enters) for phase in phases]
     return Planned(phases, costs, CPU, None, V)
 
 

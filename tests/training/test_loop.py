@@ -15,6 +15,7 @@ from stackwise.model.architecture import create_rack_from_config, create_stack_f
 from stackwise.model.reading import Reading
 from stackwise.objectives import CausalObjective, Example
 from stackwise.ops.losses import IGNORE
+from stackwise.planning.flops import Flops
 from stackwise.planning.plan import Planned
 from stackwise.runs.build import create_loop
 from stackwise.training.memory import PeakMemory
@@ -98,7 +99,7 @@ def a_loop(settings, *, rack=None, source=None, present=()):
     objective = CausalObjective()
     recorder = Recorder()
     cpu = torch.device("cpu")
-    planned = Planned(phases, [SimpleNamespace(flops=1.0)] * len(phases), cpu, None, V)
+    planned = Planned(phases, [SimpleNamespace(flops=1.0, kinds=Flops(forward=1.0))] * len(phases), cpu, None, V)
     source = source or TokenSource(ProgressiveDataLoader(TOKENS, settings), objective)
     loop = create_loop(settings, rack, planned, source, {"clm": objective}, recorder, PeakMemory(cpu))
     recorder.loop = loop

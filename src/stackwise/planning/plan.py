@@ -282,7 +282,11 @@ def plan_run(
         given: as for ``plan_phases``.
     """
     machine = machine or this_machine(config.training, folder)
-    config = resolve_family(config)
+    embedding = config.model.tokenizer_embedding
+    if (
+        embedding.embedding_dim is None or config.model.vocab_size is None
+    ):  # a run has them, and needs its family no more
+        config = resolve_family(config)
     exact, notes = True, []
     vocab_size = config.model.vocab_size or vocab_size
     if vocab_size is None:
