@@ -28,7 +28,12 @@ ELSEWHERE = {"migration.md": "tests/config/test_migration.py"}
 """Pages whose commands need files that a test of their own makes."""
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda page: page.stem)
+def marked(page: Path) -> Any:
+    """The page that needs transformers takes a quarter of a minute."""
+    return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == "hugging-face" else [])
+
+
+@pytest.mark.parametrize("page", [marked(p) for p in PAGES if BLOCK.search(p.read_text())])
 def test_the_blocks_of_a_page_run_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_trunk_of_two_adapters_does_not_move(text: str, capsys: pytest.Captu
     assert verdict == "the first Stack's own weights have not moved since its phase"
 
 
+@pytest.mark.slow
 def test_the_killed_run_ends_in_the_same_weights(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     example("kill_and_resume").main([])
     signal, whole, resumed = lines_of(capsys)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SAMPLE = 90
-"""One case in this many: some twenty-five in all."""
+SAMPLE = 150
+"""One case in this many: some fifteen in all."""
 JUDGED = """
 import os, sys
 from pathlib import Path

@@ -201,7 +201,10 @@ def test_a_wrapper_of_the_whole_model_gives_the_same_loss_and_gradients(kind: st
         assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("kind", ["clm", "diffusion", "blocks", "input", "suffix", "prefix"])
+@pytest.mark.parametrize(
+    "kind",
+    ["clm", "blocks", "prefix", *(pytest.param(k, marks=pytest.mark.slow) for k in ("diffusion", "input", "suffix"))],
+)
 def test_the_whole_model_compiled_gives_the_same_loss_and_gradients(kind: str) -> None:
     plain, other = rack_of(kind), rack_of(kind)
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)

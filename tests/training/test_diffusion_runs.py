@@ -371,7 +371,14 @@ def test_updating_inside_the_backward_pass_reaches_stacks_that_the_last_micro_ba
     assert all(torch.equal(plain[part], found[part]) for part in plain)
 
 
-@pytest.mark.parametrize("name", ["blocks", "input", "experts, grown", "prefix", "suffix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks",
+        "prefix",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("input", "experts, grown", "suffix")),
+    ],
+)
 def test_compiled_stacks_take_the_same_steps(folder, tmp_path, name):
     settings = config(folder, *KINDS[name], "training.optimizer.eps=1e-3")  # so that rounding stays rounding
     plain = load_after(settings, tmp_path / "plain")
