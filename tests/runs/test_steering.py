@@ -23,8 +23,10 @@ from stackwise.config import StackWiseConfig
 from stackwise.config.base import why_fixed
 from stackwise.config.messages import all_keys, section_of
 from stackwise.errors import RunError, UserError
+from stackwise.runs.extend import extend_run
 from stackwise.runs.run import load
 from stackwise.store.rundir import RunDir
+from stackwise.training.callbacks import Callbacks
 from stackwise.training.progress import SilentReporter
 
 LR = 0.03
@@ -312,3 +314,73 @@ def test_the_command_says_what_changes(run: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr()
     assert "from step 11 on: training.optimizer.lr 0.03 → 0.001" in said.err.splitlines()
     assert json.loads(said.out)["phases"][-1]["steps"] == 6
+
+
+@pytest.mark.parametrize("step", [None, 4])
+def test_an_extended_run_ends_as_the_run_itself_would_and_leaves_it_as_it_was(
+    step: int | None, run: Path, base: Path, tmp_path: Path
+) -> None:
+    def extend(out: Path, at: int | None = None) -> None:
+        name = base if step is None else f"{base}@{step}"
+        callbacks = Callbacks.of(None if at is None else killing(at), None)
+        extend_run(
+            name, out, ["training.max_steps=17", "training.grad_clip=0.5"], SilentReporter(), callbacks=callbacks
+        )
+
+    before = outcome(base)
+    extend(tmp_path / "whole")
+    assert outcome(base) == before
+    resume(run, {"training.max_steps": 17, "training.grad_clip": 0.5}, step)
+    expected, found = outcome(run), outcome(tmp_path / "whole")
+    assert {key: found[key] for key in found if key != "checkpoints"} == {
+        key: expected[key] for key in expected if key != "checkpoints"
+    }
+    assert found["checkpoints"].items() <= expected["checkpoints"].items()
+    steps = [phase["steps"] for phase in found["phases"]]
+    assert steps == ([6, 11] if step is None else [8, 9])
+
+    killed(lambda: extend(tmp_path / "again", (step or 12) + 3))
+    resume(tmp_path / "again")
+    assert outcome(tmp_path / "again") == found
+
+
+def test_extending_is_refused_in_one_line_and_leaves_nothing(
+    base: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*line: object) -> str:
+        assert main(["train", *map(str, line), "--out", str(tmp_path / "out")]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "no setting changes; give the larger budget" in refused("--extend", base)
+    assert "it gives the phase 'stack 1' 3 steps, but the run has taken 6" in refused(
+        "--extend", base, "training.max_steps=9"
+    )
+    assert "training.seed: it cannot change in mid-run" in refused("--extend", base, "training.seed=3")
+    assert "cannot be combined with --from" in refused("--extend", base, "--from", base)
+    assert "CONFIG is missing" in refused()
+    assert "keeps no best checkpoint" in refused(work / "config.yaml", "--from", f"{base}@best")
+
+
+def test_a_run_from_a_step_starts_with_its_weights_and_survives_a_kill(base: Path, work: Path, tmp_path: Path) -> None:
+    def start(name: str, *overrides: str) -> int:
+        words = ["training.max_steps=5", "training.checkpoint.every_steps=2", *overrides, "--from", f"{base}@4"]
+        return main(["train", str(work / "config.yaml"), *words, "--out", str(tmp_path / name)])
+
+    assert start("still", "training.progressive.trunk_strategy=frozen") == start("whole") == 0
+    at_4, at_12 = load(base, 4).rack, load(base).rack
+    found = load(tmp_path / "still").rack
+    assert [stack.stack_id for stack in found.stacks] == [0, 1] and len(at_4.stacks) == 1
+    for name, tensor in at_4.stacks[0].state_dict().items():
+        assert torch.equal(found.stacks[0].state_dict()[name], tensor)
+    assert not torch.equal(at_4.embedding.weight, at_12.embedding.weight)
+    assert torch.equal(found.embedding.weight, at_4.embedding.weight)
+
+    def interrupted() -> None:
+        config = StackWiseConfig.from_yaml(tmp_path / "whole" / "config.yaml")
+        assert config.model.initial == f"{base}@4"
+        stackwise.train(config, tmp_path / "again", on_step=killing(3), reporter=SilentReporter())
+
+    killed(interrupted)
+    resume(tmp_path / "again")
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "whole")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from stackwise.errors import UserError
 from stackwise.units import is_decimal, parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ TrustPaths = Annotated[
 From = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", help="Start from the model of this run, and its tokenizer unless CONFIG names another"
+        "--from",
+        metavar="RUN[@STEP]",
+        help="Start from the model of this run (of its newest checkpoint, of that of STEP, or of RUN@best), and its "
+        "tokenizer unless CONFIG names another",
     ),
 ]
 
@@ -46,6 +50,11 @@ Step = Annotated[
         help="Checkpoint of this step, or best: of the lowest validation loss (default: the newest)",
     ),
 ]  # fmt: skip
+
+Extend = Annotated[
+    str | None,
+    typer.Option("--extend", metavar="RUN[@STEP]", help="Go on with a copy of this run, with the settings that follow"),
+]
 
 
 def _recipes() -> list[str]:
@@ -94,26 +103,50 @@ Time = Annotated[str | None, typer.Option("--time", help="Time that the run may 
 
 
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML config (stackwise init writes one); none with --extend"),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory; must be new")] = Path("runs/train"),
     start: From = None,
+    extend: Extend = None,
     recipe: RecipeName = None,
     memory: Memory = None,
     time: Time = None,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Train a model as CONFIG says, into a new run directory.
 
     The run is planned first. One that does not fit the memory or the time is refused, with settings that do.
+
+    --from begins a new run: its own phases, steps from 1 on, the weights of another run. --extend goes on with a copy
+    of a run, its weights, moments, counters and place in the data, as resume RUN KEY=VALUE would: train --extend RUN
+    training.max_steps=2000 --out RUN2. Phases that are over stay as they are, those that are left share the rest of
+    the budget, and of a complete run the last phase goes on. The rate is that of the longer schedule at that step: to
+    extend without a jump what has decayed, take RUN@STEP from before its decay.
     """
-    settings = read_config(config, overrides, start, recipe)
-    limited = None if memory is None else parse_bytes(memory)
-    seconds = None if time is None else parse_seconds(time)
     from stackwise.cli.results import show_summary
-    from stackwise.runs.limits import Limits
-    from stackwise.runs.run import train_run
     from stackwise.training.progress import console_reporter
 
-    limits = Limits(limited, seconds, decimal=memory is not None and is_decimal(memory))
-    show_summary(train_run(settings, out, console_reporter(), limits=limits), out, as_json)
+    limited = None if memory is None else parse_bytes(memory)
+    seconds = None if time is None else parse_seconds(time)
+    if extend is not None:
+        from stackwise.runs.extend import extend_run
+
+        for option, given in (("--from", start), ("--recipe", recipe), ("--memory", memory), ("--time", time)):
+            if given is not None:
+                raise UserError(f"--extend cannot be combined with {option}")
+        changes = [*([] if config is None else [config]), *(overrides or [])]
+        summary = extend_run(extend, out, changes, console_reporter(), trust_paths=trust_paths)
+    else:
+        from stackwise.runs.limits import Limits
+        from stackwise.runs.run import train_run
+
+        if config is None:
+            raise UserError("CONFIG is missing: the YAML file that says what to train (stackwise init writes one)")
+        limits = Limits(limited, seconds, decimal=memory is not None and is_decimal(memory))
+        settings = read_config(Path(config), overrides, start, recipe)
+        summary = train_run(settings, out, console_reporter(), limits=limits)
+    show_summary(summary, out, as_json)

@@ -131,7 +131,9 @@ class ModelConfig(Section):
     fixed = "the weights of the run have its shape"
 
     initial: str | None = Field(
-        None, description="Run whose Rack the first phase starts from (set by train --from); null: none"
+        None,
+        description="Run, RUN@STEP or RUN@best: the Rack that the first phase starts from (train --from sets it); "
+        "null: none",
     )
     vocab_size: Size | None = Field(None, description="Number of tokens; null: the tokenizer's")
     d_model: Size = Field(128, description="Width of the hidden state")

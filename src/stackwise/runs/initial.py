@@ -1,7 +1,11 @@
-"""Training that starts from the Rack of another run: ``model.initial``, and ``stackwise train CONFIG --from RUN``."""
+"""Training that starts from the Rack of another run: ``model.initial``, and ``stackwise train CONFIG --from RUN``.
+
+``RUN@STEP`` names the checkpoint of a step of it, and ``RUN@best`` its best one.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from stackwise.store.changes import Changes
 from stackwise.store.checkpoints import Checkpoint, CheckpointStore
 from stackwise.store.identity import check_config
 from stackwise.store.rundir import RunDir
-from stackwise.store.state import load_checkpoint
+from stackwise.store.state import StepName, load_checkpoint
 from stackwise.store.structure import rack_of_checkpoint
 
 _FREE = ("initial", "vocab_size", "dropout", "architecture", "tokenizer_embedding", "freeze_up_proj")
@@ -21,9 +25,27 @@ _FULL = {None, "gpt_style", "bert_style"}
 """Presets of full attention, whose weights are the same and fit every direction."""
 
 
+def run_and_step(name: str | Path) -> tuple[Path, StepName | None]:
+    """``RUN``, ``RUN@STEP`` or ``RUN@best`` as the run and the step; a run whose own name ends so is that run."""
+    match = re.fullmatch(r"(.+)@(best|\d{1,18})", str(name), re.ASCII | re.DOTALL)
+    if match is None or RunDir(name).config.exists():
+        return Path(name), None
+    return Path(match[1]), "best" if match[2] == "best" else int(match[2])
+
+
+def resolve_initial(config: StackWiseConfig) -> StackWiseConfig:
+    """``config`` with the number of the step in ``model.initial``, where that names the best one of its time."""
+    initial = config.model.initial
+    if initial is None or run_and_step(initial)[1] != "best":
+        return config
+    checkpoint = initial_checkpoint(config)
+    assert checkpoint is not None
+    return config.changed({"model.initial": f"{run_and_step(initial)[0]}@{checkpoint.step}"})
+
+
 def settings_from_run(path: str | Path, initial: str | Path) -> dict[str, Any]:
     """The settings in ``path``, with the model and tokenizer of the run ``initial`` where it says nothing else."""
-    run = RunDir.open(initial)
+    run = RunDir.open(run_and_step(initial)[0])
     base = StackWiseConfig.from_yaml(run.config).to_dict()
     data = read_yaml(path)
     # Sections that are no mapping are left as they are: reading the config says what is wrong with them.
@@ -46,14 +68,15 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
-    """The newest checkpoint of ``model.initial``, if the config names a run there.
+    """The checkpoint that ``model.initial`` names, the newest where it names no step; None without a run there.
 
     Raises:
         UserError: there is no run, it has no checkpoint, or its model is another one.
     """
     if config.model.initial is None:
         return None
-    run = RunDir.open(config.model.initial)
+    path, step = run_and_step(config.model.initial)
+    run = RunDir.open(path)
     base = StackWiseConfig.from_yaml(run.config)
     for key in type(base.model).model_fields:
         there, here = getattr(base.model, key), getattr(config.model, key)
@@ -74,7 +97,7 @@ def initial_checkpoint(config: StackWiseConfig) -> Checkpoint | None:
     store = CheckpointStore(run.checkpoints)
     if not store.has_any():
         raise UserError(f"model.initial: {config.model.initial!r} has no checkpoint yet")
-    checkpoint = load_checkpoint(store)
+    checkpoint = load_checkpoint(store, step)
     check_config(checkpoint, Changes.of(run).config_of(checkpoint.step, base), run.config)
     for k in checkpoint.state["stacks"]:
         there, here = base.model.architecture.blocks_of(k), config.model.architecture.blocks_of(k)

@@ -27,7 +27,7 @@ from stackwise.ops.precision import resolve_device
 from stackwise.planning.plan import Planned
 from stackwise.runs.build import create_loop, train_to_summary
 from stackwise.runs.data import Rows, RunData, Text, resolved
-from stackwise.runs.initial import initial_checkpoint, initial_rack
+from stackwise.runs.initial import initial_checkpoint, initial_rack, resolve_initial
 from stackwise.runs.limits import NO_LIMITS, Guard, Limits
 from stackwise.runs.steering import Course
 from stackwise.signals import stop_if_asked, stoppable
@@ -97,7 +97,7 @@ def load(path: str | Path, step: StepName | None = None, device: str | torch.dev
     if config.data.source != "loader" or run.tokenizer.exists():
         tokenizer = load_tokenizer(run.tokenizer)
         check_tokenizer(checkpoint, tokenizer, run.tokenizer)
-    rack = rack_of_checkpoint(checkpoint, config, _vocab_size(config, tokenizer))
+    rack = rack_of_checkpoint(checkpoint, config, vocab_size_of(config, tokenizer))
     return LoadedRun(rack.to(device).eval().requires_grad_(False), tokenizer, config, checkpoint)
 
 
@@ -111,7 +111,8 @@ def _check_against_summary(run: RunDir, newest: int) -> None:
         )
 
 
-def _vocab_size(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
+def vocab_size_of(config: StackWiseConfig, tokenizer: Tokenizer | None) -> int:
+    """Rows of the embedding: the config's, else the tokenizer's. ConfigError where the config's are too few."""
     wanted = config.model.vocab_size
     if tokenizer is None:
         assert wanted is not None, "a trainer writes it"
@@ -137,7 +138,7 @@ def train_run(
         UserError: a setting cannot be used, or by its plan the run does not fit ``limits`` or this machine.
     """
     resolve_device(config.training.device)  # before anything is written
-    config = resolved(config)
+    config = resolve_initial(resolved(config))
     RunDir(out).refuse_if_taken()
     guard = Guard(config, out, limits)
     guard.plan()
@@ -294,7 +295,7 @@ def _train(
             )
     source = found.source(objectives[training.objective])
     initial = initial_checkpoint(config)
-    planned = guard.plan(_vocab_size(config, data.tokenizer), course.given(guard.present))
+    planned = guard.plan(vocab_size_of(config, data.tokenizer), course.given(guard.present))
     course.check(planned.phases)
     for name, noise in dict.fromkeys((phase.objective, phase.noise) for phase in planned.phases):
         found.check(objectives[name].during(noise))

@@ -93,12 +93,17 @@ class Course:
                 f"(training.max_steps=…), or go back (--step)"
             )
 
+    def recorded(self, phases: Sequence[Phase]) -> Changes:
+        """The changes made so far, and the one made now."""
+        if self.change is None:
+            return self.changes
+        steps = tuple(phase.steps for phase in phases) if self._budget_changes else ()
+        return Changes((*self.changes.entries, self.change.model_copy(update={"phase_steps": steps})))
+
     def take(self, state: RunState, phases: Sequence[Phase], reporter: Reporter) -> None:
         """Writes down what changes, and gives the phase in progress the steps that it has from here on."""
-        changes = self.changes
+        changes = self.recorded(phases)
         if self.change is not None:
-            steps = tuple(phase.steps for phase in phases) if self._budget_changes else ()
-            changes = Changes((*changes.entries, self.change.model_copy(update={"phase_steps": steps})))
             for key, (before, after) in self.change.settings.items():
                 reporter.note(f"from step {self.change.step + 1:,} on: {key} {_shown(before)} → {_shown(after)}")
         if changes != Changes.of(self.run):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,23 @@ class CheckpointStore:
     def hash_of(self, name: str) -> str:
         """The sha256 of a deposit's file."""
         return self._deposits[name].sha256
+
+    def copy(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Writes a checkpoint, and those that it needs, into ``folder``, as the only ones there.
+
+        Raises:
+            CheckpointError: an object of it is damaged. OSError: it cannot be written.
+        """
+        manifest = self._read_manifest(checkpoint.step)
+        others = [self._read_manifest(step) for step in manifest.needs if step in self._manifest_steps()]
+        target = CheckpointStore(folder)
+        target._make_folders()
+        for one in (*others, manifest):
+            self.verify(Checkpoint(one.step, one.state, _Parts(self, one, torch.device("cpu"))), one.parts)
+            for entry in one.parts.values():
+                shutil.copyfile(self._object_path(entry.sha256), target._object_path(entry.sha256))
+            write_atomic(target._manifest_path(one.step), [bytes_of_manifest(one)])
+        target._set_newest(manifest.step)
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, and what a killed process left: the run goes on from ``step``.
