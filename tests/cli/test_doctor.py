@@ -30,7 +30,7 @@ def test_json_is_one_object_with_the_facts_of_this_machine(
     assert facts["memory"]["total"] > 2**28
     assert bool(facts["accelerators"]) == (torch.cuda.is_available() or torch.backends.mps.is_available())
     assert facts["compute"]["auto_dtype"] == ("bfloat16" if facts["compute"]["device"] == "cuda" else "float32")
-    assert facts["extras"].keys() == {"parquet", "datasets", "report", "track", "hf", "eval"}
+    assert facts["extras"].keys() == {"parquet", "datasets", "track", "wandb", "trackio", "hf", "eval"}
     people = describe(facts)
     assert torch.__version__ in people
     assert people.endswith(facts["compute"]["advice"])
@@ -38,11 +38,11 @@ def test_json_is_one_object_with_the_facts_of_this_machine(
 
 def test_people_get_a_table_that_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = examine()
-    facts["extras"] = {"parquet": {"pyarrow": "18.0"}, "report": {"matplotlib": None}}
+    facts["extras"] = {"parquet": {"pyarrow": "18.0"}, "wandb": {"wandb": None}}
     facts["accelerators"] = []
     lines = describe(facts).splitlines()
     assert "extra parquet   pyarrow 18.0" in lines
-    assert "extra report    missing: pip install 'stackwise[report]'" in lines
+    assert "extra wandb     missing: pip install 'stackwise[wandb]'" in lines
     assert "accelerator     none" in lines
 
 
